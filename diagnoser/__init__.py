@@ -1,0 +1,1 @@
+"""diagnoser: finds out why a PyTorch training run goes wrong."""

@@ -1,0 +1,48 @@
+"""What can go wrong in our own hands, each with place and remedy in one line.
+
+    DiagnoserError
+    ├── UsageError          a command line or call that cannot be carried out
+    ├── RunLogError         a run directory or log that cannot be read
+    │   ├── NotARunError        no run here
+    │   ├── NewerRunError       written by a newer version
+    │   └── DamagedRunError     readable in no part
+    ├── RuleError           a rule file that cannot be used (path:line:column in the text)
+    └── MeasurementError    a quantity that cannot be measured here, and why
+
+The command line prints the text after ``diagnoser: `` and exits with 2. Nothing here ever reaches
+a user's training loop: the monitor turns its own failures into recorded events.
+"""
+
+from __future__ import annotations
+
+
+class DiagnoserError(Exception):
+    """Base of all errors of this package; its text is one line: what, where, what to do."""
+
+
+class UsageError(DiagnoserError):
+    """A command line or call that cannot be carried out."""
+
+
+class RunLogError(DiagnoserError):
+    """A run directory or run log that cannot be read or written."""
+
+
+class NotARunError(RunLogError):
+    """The directory holds no run."""
+
+
+class NewerRunError(RunLogError):
+    """The run was written by a newer version of diagnoser."""
+
+
+class DamagedRunError(RunLogError):
+    """Nothing of the log can be read."""
+
+
+class RuleError(DiagnoserError):
+    """A rule file that cannot be used."""
+
+
+class MeasurementError(DiagnoserError):
+    """A quantity that cannot be measured here; the text says why."""
