@@ -1,0 +1,218 @@
+"""The command line: ``diagnoser run | diagnose | report | rules | case``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from diagnoser import __version__
+from diagnoser.errors import DiagnoserError
+
+VERDICT_CODE = {"healthy": 0, "faulty": 1, "inconclusive": 3}
+USAGE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses a command line, carries it out, and returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except DiagnoserError as error:
+        print(f"diagnoser: {error}", file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print(note, file=sys.stderr)
+        return USAGE
+    except BrokenPipeError:
+        # The reader of our output is gone; nothing more can be said to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return USAGE
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="diagnoser",
+        description="Finds out why a PyTorch training run goes wrong: which component, on what "
+        "evidence, what to change.",
+    )
+    parser.add_argument("--version", action="version", version=f"diagnoser {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    run = commands.add_parser(
+        "run",
+        help="run a training script with the monitor on it, then diagnose",
+        description="Runs an unmodified PyTorch training script with the monitor on it. Options of "
+        "diagnoser stand before SCRIPT; everything after it belongs to the script.",
+    )
+    run.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: a new one under diagnoser-runs/)")
+    run.add_argument("--overhead", type=float, default=0.10, metavar="SHARE", help="share of training time for measuring (default 0.10)")
+    run.add_argument("--every", type=int, metavar="N", help="measure everything each N steps, whatever it costs")
+    run.add_argument("--rules", type=Path, metavar="DIR", help="directory of rule files, or a shipped family (diagnoser, autotrainer)")
+    run.add_argument("--exit-verdict", action="store_true", help="exit with 1 if faulty, 3 if inconclusive, when the script itself succeeded")
+    run.add_argument("script", type=Path, metavar="SCRIPT")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARG")
+    run.set_defaults(command=_run)
+
+    diagnose = commands.add_parser("diagnose", help="diagnose a recorded run again, without torch")
+    diagnose.add_argument("run", type=Path, metavar="RUN")
+    diagnose.add_argument("--rules", type=Path, metavar="DIR", help="directory of rule files, or a shipped family")
+    diagnose.add_argument("--json", action="store_true", help="print diagnosis.json instead of text")
+    diagnose.set_defaults(command=_diagnose)
+
+    report = commands.add_parser("report", help="write a recorded run as one HTML page")
+    report.add_argument("run", type=Path, metavar="RUN")
+    report.add_argument("-o", dest="file", type=Path, metavar="FILE.html", help="default: report.html in the run directory")
+    report.add_argument("--rules", type=Path, metavar="DIR", help="directory of rule files, or a shipped family")
+    report.set_defaults(command=_report)
+
+    rules = commands.add_parser("rules", help="list, show or check rules")
+    actions = rules.add_subparsers(metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="all shipped rules, one a line")
+    listing.set_defaults(command=_rules_list)
+    show = actions.add_parser("show", help="one rule's file")
+    show.add_argument("id", metavar="ID")
+    show.set_defaults(command=_rules_show)
+    check = actions.add_parser("check", help="load a directory of rules and run the examples in each file")
+    check.add_argument("directory", type=Path, metavar="DIR")
+    check.set_defaults(command=_rules_check)
+
+    case = commands.add_parser("case", help="list or run the shipped cases")
+    case_actions = case.add_subparsers(metavar="ACTION", required=True)
+    case_list = case_actions.add_parser("list", help="the shipped cases and their faults")
+    case_list.set_defaults(command=_case_list)
+    case_run = case_actions.add_parser("run", help="run a case under the monitor")
+    case_run.add_argument("name", metavar="NAME")
+    case_run.add_argument("--fault", metavar="FAULT", help="one of the case's faults (default: healthy)")
+    case_run.add_argument("--out", type=Path, metavar="DIR")
+    case_run.add_argument("--exit-verdict", action="store_true")
+    case_run.set_defaults(command=_case_run)
+    return parser  # fmt: skip
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from diagnoser.launch import run_script
+
+    outcome = run_script(
+        arguments.script,
+        arguments.arguments,
+        out=arguments.out,
+        overhead=arguments.overhead,
+        every=arguments.every,
+        rules=arguments.rules,
+    )
+    return _end_of_run(outcome, exit_verdict=arguments.exit_verdict)
+
+
+def _end_of_run(outcome: object, *, exit_verdict: bool) -> int:
+    from rich.console import Console
+
+    from diagnoser.launch import Outcome
+    from diagnoser.report import print_diagnosis
+
+    assert isinstance(outcome, Outcome)
+    if outcome.problem is not None:
+        print(f"diagnoser: {outcome.problem}", file=sys.stderr)
+    if outcome.diagnosis is None:
+        return outcome.exit_code
+    print_diagnosis(outcome.diagnosis, Console(file=sys.__stderr__))
+    print(f"diagnoser: run directory {outcome.directory}", file=sys.__stderr__)
+    if outcome.exit_code != 0 or not exit_verdict:
+        return outcome.exit_code
+    return VERDICT_CODE[outcome.diagnosis.verdict]
+
+
+def _diagnose(arguments: argparse.Namespace) -> int:
+    from diagnoser.diagnosis import default_rules, diagnose
+    from diagnoser.runlog import read_run
+
+    recording = read_run(arguments.run)
+    diagnosis = diagnose(recording, default_rules(arguments.rules))
+    if arguments.json:
+        from diagnoser.report import diagnosis_to_json
+
+        sys.stdout.write(diagnosis_to_json(diagnosis))
+    else:
+        from rich.console import Console
+
+        from diagnoser.report import print_diagnosis
+
+        print_diagnosis(diagnosis, Console())
+    return VERDICT_CODE[diagnosis.verdict]
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from diagnoser.diagnosis import default_rules, diagnose
+    from diagnoser.report import report_data, write_report
+    from diagnoser.runlog import read_run
+
+    recording = read_run(arguments.run)
+    diagnosis = diagnose(recording, default_rules(arguments.rules))
+    path = arguments.file or arguments.run / "report.html"
+    write_report(diagnosis, report_data(recording, diagnosis.cost), path)
+    print(path)
+    return 0
+
+
+def _rules_list(_: argparse.Namespace) -> int:
+    from diagnoser.diagnosis import default_rules
+
+    for family in ("diagnoser", "autotrainer"):
+        for rule in default_rules(Path(family)):
+            print(f"{family}/{rule.id:<40} {rule.severity:<9} {rule.status:<13} {rule.title}")
+    return 0
+
+
+def _rules_show(arguments: argparse.Namespace) -> int:
+    from diagnoser.diagnosis import default_rules
+    from diagnoser.errors import UsageError
+
+    wanted = arguments.id.rpartition("/")[2]
+    rules = [rule for family in ("diagnoser", "autotrainer") for rule in default_rules(Path(family))]
+    for rule in rules:
+        if rule.id == wanted:
+            print(rule.path.read_text(encoding="utf-8"), end="")
+            return 0
+    import difflib
+
+    near = difflib.get_close_matches(wanted, [rule.id for rule in rules], n=1)
+    hint = f"; did you mean {near[0]}" if near else "; `diagnoser rules list` shows all"
+    raise UsageError(f"no rule '{arguments.id}'{hint}")
+
+
+def _rules_check(arguments: argparse.Namespace) -> int:
+    from diagnoser.features import CATALOGUE
+    from diagnoser.rules import check_directory
+
+    problems = check_directory(arguments.directory, CATALOGUE)
+    for problem in problems:
+        print(f"diagnoser: {problem}", file=sys.stderr)
+    if not problems:
+        print(f"{arguments.directory}: every rule loads, its examples hold, no clause is decoration")
+    return USAGE if problems else 0
+
+
+def _case_list(_: argparse.Namespace) -> int:
+    from diagnoser.cases import load_cases
+
+    for case in load_cases():
+        faults = ", ".join(fault.name for fault in case.faults)
+        print(f"{case.name:<16} healthy {case.metric.name} {case.metric.healthy}; faults: {faults}")
+    return 0
+
+
+def _case_run(arguments: argparse.Namespace) -> int:
+    from diagnoser.cases import command_line, load_case
+    from diagnoser.launch import run_script
+
+    case = load_case(arguments.name)
+    outcome = run_script(case.script, command_line(case, arguments.fault), out=arguments.out)
+    return _end_of_run(outcome, exit_verdict=arguments.exit_verdict)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

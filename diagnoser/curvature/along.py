@@ -1,0 +1,159 @@
+r"""Curvature along a direction *d* (the update, the gradient), per component and per pair.
+
+With :math:`d_i` the part of *d* in component *i*, the second-order term of the loss along *d* is
+
+.. math:: d^\top H d = \sum_{ij} M_{ij}, \qquad M_{ij} = d_i^\top H_{ij} d_j
+
+Three views of it, all exact for the samples seen, in units of the loss: `row_curvature`
+:math:`\sum_j M_{ij} = d_i^\top (H d)_i` (one product for all components), `block_curvature`
+:math:`M_{ii}` (one small product a component), and `coupling_matrix`, all of *M* (part of a
+column a component).
+
+The often used ratio :math:`M_{ij} / \sqrt{|M_{ii}| |M_{jj}|}` looks like a correlation but is none:
+that it stays within [-1, 1] is the Cauchy-Schwarz inequality, which holds for positive semidefinite
+*H* only. With :math:`M_{ii}` near zero, as at the boundary between convex and concave, it grows
+without limit. `shares` is bounded for every *H*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diagnoser.curvature.batches import estimates_over_chunks
+from diagnoser.curvature.hessian import Block, Hessian, Vector
+from diagnoser.types import Component, Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class RowCurvature:
+    r""":math:`d_i^\top (H d)_i` by component name, and ``total`` :math:`d^\top H d`.
+
+    ``total`` runs over all of the direction, also where no component covers it.
+    """
+
+    components: Mapping[str, Estimate]
+    total: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Coupling:
+    r"""The matrix *M* and its shares; row and column k belong to ``names[k]``.
+
+    Attributes:
+        names: The components, in the order they were given.
+        values: M[i][j] with the spread over chunks, if there are any.
+        shares: :math:`M_{ij} / \sum_{kl} |M_{kl}|`, in [-1, 1]; NaN when all of M is zero.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[tuple[Estimate, ...], ...]
+    shares: tuple[tuple[Estimate, ...], ...]
+
+
+def row_curvature(
+    hessian: Hessian, direction: Vector, components: Sequence[Component]
+) -> RowCurvature:
+    """Returns d_i'(Hd)_i of every component and d'Hd, from one product (a chunk).
+
+    Args:
+        hessian: The operator, of one loss or several.
+        direction: Name to tensor, of the parameters' shapes; left out means zero.
+        components: What to attribute to; frozen parts count as zero.
+    """
+    blocks = [hessian.everything, *(hessian.known(component.parts) for component in components)]
+    table = torch.stack(
+        [_inner(hessian, blocks, direction, chunk.product(direction)) for chunk in hessian.chunks]
+    )
+    total, *rows = estimates_over_chunks(table, dtype=hessian.dtype)
+    return RowCurvature(dict(zip((c.name for c in components), rows, strict=True)), total)
+
+
+def block_curvature(
+    hessian: Hessian, direction: Vector, components: Sequence[Component]
+) -> dict[str, Estimate]:
+    """Returns d_i'H_ii d_i of every component, from one block product each (and a chunk)."""
+    if not components:
+        return {}
+    blocks = [hessian.known(component.parts) for component in components]
+    flats = [hessian.flatten(block, direction) if block else None for block in blocks]
+    zero = _zero(hessian)
+    table = torch.stack(
+        [
+            torch.stack(
+                [
+                    zero if d is None else _dot(d, chunk.block_product(block, d)).to(zero.device)
+                    for block, d in zip(blocks, flats, strict=True)
+                ]
+            )
+            for chunk in hessian.chunks
+        ]
+    )
+    found = estimates_over_chunks(table, dtype=hessian.dtype)
+    return {component.name: e for component, e in zip(components, found, strict=True)}
+
+
+def coupling_matrix(
+    hessian: Hessian, direction: Vector, components: Sequence[Component]
+) -> Coupling:
+    """Returns M_ij = d_i'H_ij d_j for all pairs, from one column product a component (and a chunk).
+
+    Nothing is sampled. Each column is taken from its own component on, the rest follows by the
+    symmetry of H: with components in the order of the model, that part of a column costs little
+    more than a block product, because it ends at the component instead of at the first layer.
+    Whether this graph's products are symmetric is for `self_checks.symmetry_defect` to say.
+    """
+    size = len(components)
+    if size == 0:
+        return Coupling((), (), ())
+    blocks = [hessian.known(component.parts) for component in components]
+    lower = torch.stack([_lower_triangle(chunk, blocks, direction) for chunk in hessian.chunks])
+    table = lower + lower.tril(-1).transpose(1, 2)
+    values = estimates_over_chunks(table.flatten(1), dtype=hessian.dtype)
+    # The share of the mean matrix; its spread over chunks with the mean matrix's denominator.
+    shares = estimates_over_chunks(
+        (table / table.mean(0).abs().sum()).flatten(1), dtype=hessian.dtype
+    )
+    names = tuple(component.name for component in components)
+    return Coupling(names, _square(values, size), _square(shares, size))
+
+
+def _lower_triangle(hessian: Hessian, blocks: Sequence[Block], direction: Vector) -> Tensor:
+    """Returns M on and below its diagonal, zero above: (blocks, blocks)."""
+    columns = []
+    for j, block in enumerate(blocks):
+        rows = {part.parameter for other in blocks[j:] for part in other}
+        below = _inner(hessian, blocks[j:], direction, hessian.column(block, direction, rows))
+        columns.append(torch.cat([below.new_zeros(j), below]))
+    return torch.stack(columns, dim=1)
+
+
+def _square(found: Sequence[Estimate], size: int) -> tuple[tuple[Estimate, ...], ...]:
+    return tuple(tuple(found[i * size : (i + 1) * size]) for i in range(size))
+
+
+def _inner(hessian: Hessian, blocks: Sequence[Block], a: Vector, b: Vector) -> Tensor:
+    """Returns the inner product of two vectors in each block: (blocks,), on one device."""
+    zero = _zero(hessian)
+    sums = []
+    for block in blocks:
+        total = zero
+        for part in block:
+            if part.parameter in a:
+                here = _dot(part.view(a[part.parameter]), part.view(b[part.parameter]))
+                total = total + here.to(zero.device)
+        sums.append(total)
+    return torch.stack(sums)
+
+
+def _zero(hessian: Hessian) -> Tensor:
+    """Returns a zero where sums over parameters on several devices are collected."""
+    device = next(iter(hessian.parameters.values())).device
+    return torch.zeros((), dtype=torch.float64, device=device)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(dtype=torch.float64)

@@ -1,0 +1,221 @@
+"""From a recording and rules to one diagnosis: verdict, ranked causes, findings in order.
+
+Ranks are an order of evidence, not probabilities: a probability is only printed where it was
+measured. No torch here; the same recording and rules give the same diagnosis, byte for byte.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from diagnoser.features import CATALOGUE, feature_tables
+from diagnoser.rules import Rule, evaluate, load_rules, shipped_rules_directory
+from diagnoser.runlog import Recording
+from diagnoser.types import Cause, Cost, Diagnosis, Finding, RankedCause, Unknown, Where
+from diagnoser.vocabulary import MODEL, severity_rank
+
+ENOUGH_STEPS: Final = 20
+ENOUGH_MEASUREMENTS: Final = 3
+DEFAULT_FAMILY: Final = "diagnoser"
+_WEIGHT: Final = {"low": 0.5, "medium": 2.0, "high": 4.0, "critical": 8.0}
+_OF_ATTENTION: Final = ("attention_", "initial_attention_", "empty_rows")
+_PLACE_OF: Final = {  # which recorded place of the program a cause points at
+    "learning_rate_too_high": "optimizer",
+    "learning_rate_too_low": "optimizer",
+    "optimizer_misconfigured": "optimizer",
+    "component_not_optimized": "optimizer",
+    "missing_zero_grad": "backward",
+    "loss_function": "backward",
+}
+
+
+def default_rules(directory: Path | None = None) -> tuple[Rule, ...]:
+    """Loads the rules of a directory, or the shipped ones.
+
+    Raises:
+        RuleError: A rule cannot be used; the text names file, line and column.
+    """
+    if directory is None:
+        directory = shipped_rules_directory(DEFAULT_FAMILY)
+    elif not directory.exists() and directory.name == str(directory):
+        directory = shipped_rules_directory(directory.name)  # the name of a shipped family
+    return load_rules(directory, CATALOGUE)
+
+
+def diagnose(recording: Recording, rules: Sequence[Rule]) -> Diagnosis:
+    """Judges a recording by rules.
+
+    Symptoms that a firing rule says it explains are put under its cause when they lie in the same
+    component, in a part of it, or anywhere if the cause is the whole model's. Causes are ordered by
+    the severity of the findings that name them and how high they rank there, then by time.
+    """
+    judgement = evaluate(rules, feature_tables(recording))
+    explained = _explain(judgement.findings, {rule.id: rule for rule in rules})
+    causes = _ranked(explained)
+    position = {(cause.cause, cause.component): i for i, cause in enumerate(causes)}
+    findings = tuple(
+        _placed(item.finding, recording)
+        for item in sorted(
+            explained,
+            key=lambda item: (
+                -severity_rank(item.finding.severity),
+                position[item.cause],
+                item.is_symptom,
+                item.finding.since_step,
+                item.finding.source,
+                item.finding.component,
+                item.finding.other or "",
+            ),
+        )
+    )
+    verdict, reason = _verdict(findings, recording)
+    ending = recording.ending
+    return Diagnosis(
+        run=recording.run,
+        verdict=verdict,
+        reason=reason,
+        exit_code=ending.exit_code if ending else None,
+        causes=causes,
+        findings=findings,
+        unknown=tuple(_worth_saying(judgement.unknown, recording)),
+        checked=judgement.checked,
+        cost=_cost(recording),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Explained:
+    """A finding and the cause, at its place, that it is put under; a symptom is under another's."""
+
+    finding: Finding
+    cause: tuple[str, str]
+    is_symptom: bool = False
+
+
+def _rule_id(finding: Finding) -> str:
+    return finding.source.partition(":")[2]
+
+
+def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Explained]:
+    """Puts every finding under its own first cause, or under that of a finding that explains it.
+
+    An explaining finding must not be less grave than its symptom, nor itself be explained. Where
+    several explain one symptom the gravest does, then the earliest.
+    """
+    by_gravity = sorted(
+        (f for f in findings if rules[_rule_id(f)].explains),
+        key=lambda f: (-severity_rank(f.severity), f.since_step, f.source, f.component),
+    )
+    symptoms: dict[int, Finding] = {}
+    for cause in by_gravity:
+        if id(cause) in symptoms:
+            continue
+        faults = rules[_rule_id(cause)].explains
+        for symptom in findings:
+            if (
+                symptom.source != cause.source
+                and symptom.fault in faults
+                and severity_rank(symptom.severity) <= severity_rank(cause.severity)
+                and _related(cause, symptom)
+            ):
+                symptoms.setdefault(id(symptom), cause)
+    result = []
+    for finding in findings:
+        cause = symptoms.get(id(finding))
+        if cause is None:
+            result.append(_Explained(finding, (finding.causes[0].cause, finding.component)))
+            continue
+        first = cause.causes[0].cause
+        rest = (c for c in finding.causes if c.cause != first)
+        finding = dataclasses.replace(finding, causes=(Cause(first), *rest))
+        result.append(_Explained(finding, (first, cause.component), is_symptom=True))
+    return result
+
+
+def _related(cause: Finding, symptom: Finding) -> bool:
+    a, b = cause.component, symptom.component
+    return MODEL in (a, b) or a == b or _inside(a, b) or _inside(b, a)
+
+
+def _inside(name: str, prefix: str) -> bool:
+    return name.startswith((f"{prefix}.", f"{prefix}["))
+
+
+def _ranked(explained: Sequence[_Explained]) -> tuple[RankedCause, ...]:
+    """Orders causes by the strongest evidence for each.
+
+    A finding weighs its severity, divided by the rank it gives the cause. The strongest one counts
+    whole, the others only break ties: many symptoms of one kind must not outvote one plain defect.
+    A symptom speaks for the cause that explains it, not for its own guesses.
+    """
+    weights: dict[tuple[str, str], list[float]] = {}
+    since: dict[tuple[str, str], int] = {}
+    for item in explained:
+        finding, weight = item.finding, _WEIGHT[item.finding.severity]
+        votes = [(item.cause, weight if not item.is_symptom else 0.5)]
+        if not item.is_symptom:
+            votes += [
+                ((cause.cause, finding.component), weight / rank)
+                for rank, cause in enumerate(finding.causes[1:], start=2)
+            ]
+        for key, vote in votes:
+            weights.setdefault(key, []).append(vote)
+            since[key] = min(since.get(key, finding.since_step), finding.since_step)
+    strength = {key: max(votes) + 0.01 * min(sum(votes), 10.0) for key, votes in weights.items()}
+    ordered = sorted(strength, key=lambda key: (-round(strength[key], 9), since[key], key))
+    return tuple(RankedCause(cause, component) for cause, component in ordered)
+
+
+def _placed(finding: Finding, recording: Recording) -> Finding:
+    """Adds the place in the user's program that the first cause points at, if it was recorded."""
+    wanted = _PLACE_OF.get(finding.causes[0].cause)
+    for fact in recording.facts:
+        file, line = fact.data.get("file"), fact.data.get("line")
+        if fact.name == wanted and isinstance(file, str) and isinstance(line, int):
+            return dataclasses.replace(finding, where=Where(file, line))
+    return finding
+
+
+def _worth_saying(unknown: Sequence[Unknown], recording: Recording) -> Iterator[Unknown]:
+    """Leaves out rules on subjects they are not about: attention has no update ratio of its own."""
+    parameters = {c.name for c in recording.components if c.name != c.layer or c.kind != "other"}
+    layers = {c.name for c in recording.components} - parameters
+    for entry in unknown:
+        of_attention = any(name.startswith(_OF_ATTENTION) for name in entry.missing)
+        about = MODEL if entry.component == MODEL else ("layer" if of_attention else "component")
+        if about == MODEL or (about == "component" and entry.component not in layers):
+            yield entry
+
+
+def _cost(recording: Recording) -> Cost:
+    ending = recording.ending
+    if ending is not None and ending.cost is not None:
+        return ending.cost
+    steps = int(recording.losses.step.max()) + 1 if len(recording.losses.step) else 0
+    seconds = float(np.nansum(recording.measured.value))
+    return Cost(steps, len(recording.measured.step), float("nan"), seconds)
+
+
+def _verdict(findings: Sequence[Finding], recording: Recording) -> tuple[str, str]:
+    if findings and severity_rank(findings[0].severity) >= severity_rank("medium"):
+        worst = findings[0]
+        return "faulty", f"{worst.fault} in {worst.component} since step {worst.since_step}"
+    steps, samples = len(recording.losses.step), len(recording.measured.step)
+    if steps == 0:
+        why = next((e.message for e in recording.events if e.kind == "nothing_seen"), None)
+        return "inconclusive", why or "no training step was seen"
+    if steps < ENOUGH_STEPS or samples < ENOUGH_MEASUREMENTS:
+        return (
+            "inconclusive",
+            f"only {steps} steps and {samples} measurements were seen; "
+            f"a verdict needs {ENOUGH_STEPS} and {ENOUGH_MEASUREMENTS}",
+        )
+    if not np.isfinite(recording.losses.value).any():
+        return "inconclusive", "no finite loss was seen"
+    return "healthy", f"nothing of severity medium or more in {samples} measurements of {steps} steps"

@@ -1,0 +1,96 @@
+"""A context in which measuring leaves no trace (law 1)."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diagnoser.monitor.interception import Books
+
+
+@contextmanager
+def quiet(
+    books: Books, modules: Iterable[nn.Module], parameters: Iterable[Tensor]
+) -> Iterator[None]:
+    """Holds everything a measurement could disturb and puts it back, also after an exception.
+
+    Held: random states (torch CPU and CUDA, numpy, random), buffers (recomputation under
+    checkpointing runs batch norm again), the user's gradient hooks (they count, draw random
+    numbers, change gradients), gradients retained on activations (they would double), the delayed
+    all-reduce of DDP's static graph. Autocast and anomaly detection are off inside, gradient mode
+    is on.
+
+    Args:
+        books: Notes of the interception: who retains gradients, which module hooks wait.
+        modules: All modules whose buffers may change.
+        parameters: Parameters whose hooks are kept still.
+    """
+    with ExitStack() as undo:
+        undo.callback(_hold_random_states())
+        _hold_buffers(undo, modules)
+        for parameter in parameters:
+            _empty(undo, parameter._backward_hooks)
+        for hook in books.backward_hooks:
+            undo.callback(setattr, hook, "user_hooks", hook.user_hooks)
+            undo.callback(setattr, hook, "user_pre_hooks", hook.user_pre_hooks)
+            hook.user_hooks, hook.user_pre_hooks = [], []
+        for tensor in books.retaining:
+            undo.callback(setattr, tensor, "grad", tensor.grad)
+        undo.enter_context(torch.autograd.set_detect_anomaly(False))
+        undo.enter_context(torch.enable_grad())
+        for device in {"cpu", *(p.device.type for p in parameters)}:
+            if torch.amp.is_autocast_available(device):
+                undo.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _hold_random_states() -> Any:
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    python = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+
+    return restore
+
+
+def _hold_buffers(undo: ExitStack, modules: Iterable[nn.Module]) -> None:
+    held: dict[int, tuple[Tensor, Tensor, int]] = {}
+    for module in modules:
+        if module.__class__.__name__ == "DistributedDataParallel":
+            flag = "_static_graph_delay_allreduce_enqueued"
+            if hasattr(module, flag):
+                undo.callback(setattr, module, flag, getattr(module, flag))
+                setattr(module, flag, True)
+        for buffer in module._buffers.values():
+            if buffer is not None and id(buffer) not in held:
+                held[id(buffer)] = (buffer, buffer.detach().clone(), buffer._version)
+
+    def restore() -> None:
+        for buffer, saved, version in held.values():
+            if buffer._version != version:
+                buffer.data.copy_(saved)  # through .data: the user's graph may have saved it
+
+    undo.callback(restore)
+
+
+def _empty(undo: ExitStack, hooks: Any) -> None:
+    """Empties a dictionary of hooks in place (autograd holds the dictionary itself)."""
+    if hooks:
+        saved = dict(hooks)
+        hooks.clear()
+        undo.callback(hooks.update, saved)

@@ -1,0 +1,334 @@
+"""One sample: what is measured over two neighbouring steps, as measurement rows.
+
+First step: graph reading (attention, loss), gradients, weights, and the update the optimizer made.
+Second step: gradient cosine, and the curvature of the second step's own loss along that update.
+All rows carry the first step's number.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diagnoser.curvature import (
+    Ends,
+    Hessian,
+    coupling_matrix,
+    extreme_eigenvalues,
+    hutchinson_trace,
+    precondition,
+    row_curvature,
+)
+from diagnoser.statistics import (
+    GraphReading,
+    cosines,
+    inner_products,
+    nonzero_shares,
+    norms,
+)
+from diagnoser.types import Component, Estimate, Measurement
+from diagnoser.vocabulary import MODEL
+from diagnoser.monitor.subject import StepRule, Subject
+
+Array = NDArray[np.float64]
+
+
+@dataclass
+class Sample:
+    """The state of a sample between its two steps, and the rows found so far."""
+
+    step: int
+    subject: Subject
+    rows: list[Measurement] = field(default_factory=list)
+    seconds: float = 0.0
+    before: dict[str, Tensor] = field(default_factory=dict)  # parameters before the step
+    gradient: dict[str, Tensor] = field(default_factory=dict)  # of the first step, unclipped
+    update: dict[str, Tensor] = field(default_factory=dict)
+    rules: dict[str, StepRule] = field(default_factory=dict)
+    left_gradients: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def run(self, quantity: str, value: float, **errors: object) -> None:
+        """Adds a quantity of the whole run."""
+        self.rows.append(Measurement(self.step, quantity, MODEL, Estimate(value, **errors)))  # type: ignore[arg-type]
+
+    def components(self, quantity: str, values: Array) -> None:
+        """Adds a quantity of every component; what could not be measured (NaN) is left out."""
+        self.rows += [
+            Measurement(self.step, quantity, name, Estimate(float(value)))
+            for name, value in zip(self.subject.names, values, strict=True)
+            if not math.isnan(value)
+        ]
+
+    # -- first step ------------------------------------------------------------------------------
+
+    def read_graph(self, reading: GraphReading) -> None:
+        """Adds what the graph shows of the loss and of every attention."""
+        if reading.loss is not None:
+            self.run("classes", float(reading.loss.classes))
+        self.run("probabilities_into_loss", float(reading.probabilities_into_loss is not None))
+        merged: dict[str, list[tuple[float, float, float]]] = {}
+        for attention in reading.attention:
+            layer = self.subject.layer_of(attention.parameters)
+            if layer is not None:
+                merged.setdefault(layer, []).append(
+                    (attention.entropy, attention.largest_logit, attention.empty_rows)
+                )
+        for layer, found in merged.items():
+            entropy, logit, empty = np.array(found).T
+            for quantity, value in (
+                ("attention_entropy", entropy.mean()),
+                ("attention_logit", logit.max()),
+                ("empty_rows", empty.max()),
+            ):
+                if not math.isnan(value):
+                    estimate = Estimate(float(value))
+                    self.rows.append(Measurement(self.step, quantity, layer, estimate))
+
+    def read_gradients(self, *, keep: bool) -> None:
+        """Reads the gradients that the backward has just left, before anything clips them."""
+        parameters, parts = self.subject.parameters, self.subject.parts
+        gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+        size = norms(parts, gradients)
+        finite = np.where(np.isnan(size), np.nan, 0.0)
+        self.rows = [row for row in self.rows if row.quantity not in _GRADIENT_QUANTITIES]
+        self.components("reached", self.subject.shares({n: True for n in gradients}))
+        self.components("gradient_norm", np.where(np.isfinite(size), size, np.nan))
+        self.components("zero_share", 1.0 - nonzero_shares(parts, gradients))
+        bad = np.array([not np.isfinite(s) for s in size]) & ~np.isnan(finite)
+        has_gradient = self.subject.shares({n: True for n in gradients}) > 0
+        self.components(
+            "non_finite_gradient", np.where(has_gradient, (bad | np.isnan(size)).astype(float), np.nan)
+        )
+        if keep:
+            self.gradient = {n: g.detach().clone() for n, g in gradients.items()}
+            self.before = {n: p.detach().clone() for n, p in parameters.items()}
+
+    def read_weights(self) -> None:
+        """Reads weight norms and scale, and what may be trained."""
+        subject = self.subject
+        size = norms(subject.parts, subject.parameters)
+        self.components("weight_norm", np.where(np.isfinite(size), size, np.nan))
+        self.components("non_finite_weight", (~np.isfinite(size)).astype(float))
+        self.components("weight_scale", subject.weight_scale(size))
+        trainable = {n: p.requires_grad for n, p in subject.parameters.items()}
+        self.components("trainable", subject.shares(trainable))
+
+    def read_update(
+        self, rules: Mapping[str, StepRule], optimized: Mapping[str, bool] | None
+    ) -> None:
+        """Reads what the step changed, and how the optimizer takes its steps."""
+        subject, parts = self.subject, self.subject.parts
+        if optimized is not None:
+            self.components("optimized", subject.shares(optimized))
+        if not self.before:
+            return
+        self.update = {n: subject.parameters[n].detach() - old for n, old in self.before.items()}
+        self.rules = dict(rules)
+        size, weights = norms(parts, self.update), norms(parts, self.before)
+        self.components("update_norm", np.where(np.isfinite(size), size, np.nan))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            ratio = np.where(weights > 0, size / weights, np.nan)
+        self.components("update_ratio", np.where(np.isfinite(ratio), ratio, np.nan))
+        rates = {n: rule.learning_rate for n, rule in rules.items()}
+        self.components("learning_rate", subject.per_component(rates))
+        self.components("moment_ratio", self._moment_ratio())
+        self.before = {}
+
+    def _moment_ratio(self) -> Array:
+        """Root mean square of gradient over Adam's second moment: sqrt(mean(g^2 / v_hat)).
+
+        Far above 1 where the running average lags behind a sudden gradient (Wortsman et al. 2023,
+        2304.13013, section 3.4; Bai et al. 2025, 2506.04805). Entries without any second moment
+        (never a gradient) are left out.
+        """
+        ratios: dict[str, Tensor] = {}
+        counts: dict[str, Tensor] = {}
+        for name, rule in self.rules.items():
+            gradient = self.subject.parameters[name].grad
+            if rule.second_moment is None or gradient is None:
+                continue
+            known = rule.second_moment > rule.eps**2
+            counts[name] = known.float()
+            square = gradient.detach().to_dense() ** 2 if gradient.is_sparse else gradient.detach() ** 2
+            ratios[name] = torch.where(known, square / rule.second_moment, 0.0)
+        if not ratios:
+            return np.full(len(self.subject.components), np.nan)
+        ones = {n: torch.ones_like(c) for n, c in counts.items()}
+        total = inner_products(self.subject.parts, ratios, ones)
+        count = inner_products(self.subject.parts, counts, ones)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.sqrt(np.where(count > 0, total / count, np.nan))
+
+    # -- second step -----------------------------------------------------------------------------
+
+    def read_cosine(self) -> None:
+        """Cosine of this step's gradient to the first step's, per component and for the model."""
+        gradients = {n: p.grad for n, p in self.subject.parameters.items() if p.grad is not None}
+        shared = {n: g.detach() for n, g in gradients.items() if n in self.gradient}
+        if shared:
+            self.components("gradient_cosine", cosines(self.subject.parts, shared, self.gradient))
+        self.gradient = {}
+
+    def measurable(self, hessian: Hessian) -> list[Component]:
+        """The components all of whose parts the Hessian has (frozen ones are left out)."""
+        return [
+            component
+            for component in self.subject.components
+            if all(part.parameter in hessian.parameters for part in component.parts)
+        ]
+
+    def read_curvature(self, hessian: Hessian, loss: float, method: str) -> None:
+        """Curvature along the update and along the gradient: one product each.
+
+        ``update_curvature``: d_i'(Hd)_i in units of the loss. ``step_sharpness``: learning rate
+        times curvature along the update over what the optimizer's stability allows,
+        d_i'(Hd)_i / (d_i'P_i d_i / learning rate) * factor (see `StepRule`); above 1 the step
+        diverges along its own direction in the quadratic model. ``gradient_curvature``:
+        g_i'(Hg)_i / g_i'g_i.
+        """
+        components = self.measurable(hessian)
+        along = row_curvature(hessian, self.update, components)
+        metric = self._step_metric()
+        for component in components:
+            estimate = along.components[component.name]
+            self._estimate("update_curvature", component.name, estimate, method=method)
+            scale = metric.get(component.name, math.nan)
+            if scale > 0:
+                self._estimate("step_sharpness", component.name, estimate, 1.0 / scale, method)
+        self._estimate("update_curvature", MODEL, along.total, method=method)
+        if metric.get(MODEL, math.nan) > 0:
+            self._estimate("step_sharpness", MODEL, along.total, 1.0 / metric[MODEL], method)
+        if loss > 0:
+            self._estimate("update_curvature_share", MODEL, along.total, 0.5 / loss, method)
+
+    def read_gradient_curvature(self, hessian: Hessian, method: str) -> None:
+        """Curvature along the gradient, g_i'(Hg)_i / g_i'g_i, from one product."""
+        gradient = hessian.gradient
+        components = self.measurable(hessian)
+        along = row_curvature(hessian, gradient, components)
+        squares = norms(self.subject.parts, gradient) ** 2
+        index = {name: i for i, name in enumerate(self.subject.names)}
+        for component in components:
+            square = float(squares[index[component.name]])
+            if square > 0:
+                estimate = along.components[component.name]
+                self._estimate("gradient_curvature", component.name, estimate, 1 / square, method)
+
+    def _step_metric(self) -> dict[str, float]:
+        """d'Pd / (learning rate * factor), per component and in all; NaN where it is not known."""
+        weighted: dict[str, Tensor] = {}
+        for name, rule in self.rules.items():
+            rate = rule.learning_rate * rule.factor
+            if name in self.update and rate > 0:
+                weighted[name] = self.update[name] * rule.preconditioner() / rate
+        if not weighted:
+            return {}
+        values = inner_products(self.subject.parts, self.update, weighted)
+        metric = dict(zip(self.subject.names, values.tolist(), strict=True))
+        metric[MODEL] = float(np.nansum(values))
+        return metric
+
+    def read_spectrum(
+        self,
+        hessian: Hessian,
+        components: Sequence[Component],
+        generator: torch.Generator,
+        products: int = 12,
+    ) -> None:
+        """Trace and both ends of the spectrum of the diagonal blocks of some components.
+
+        ``step_lambda`` is learning rate times the largest eigenvalue, preconditioned as the
+        optimizer steps, over what its stability allows: beyond 1 the quadratic model diverges.
+        At most ``products`` products are taken for each of the three.
+        """
+        for component in components:
+            block, name = component.parts, component.name
+            trace = hutchinson_trace(hessian, block, generator, max_products=products)
+            self._estimate("trace", name, trace)
+            ends = self._ends(hessian, component, generator, products)
+            self._estimate("lambda_max", name, ends.lambda_max)
+            self._estimate("lambda_min", name, ends.lambda_min)
+            rules = [self.rules.get(part.parameter) for part in block]
+            rule = rules[0]
+            if rule is None or None in rules:
+                continue
+            if rule.second_moment is not None:
+                ends = self._ends(hessian, component, generator, products, preconditioned=True)
+            factor = rule.learning_rate * rule.factor
+            self._estimate("step_lambda", name, ends.lambda_max, factor)
+
+    def _ends(
+        self,
+        hessian: Hessian,
+        component: Component,
+        generator: torch.Generator,
+        products: int,
+        *,
+        preconditioned: bool = False,
+    ) -> Ends:
+        block = component.parts
+        size = hessian.size(block)
+        like = hessian.parameters[block[0].parameter]
+        product: Callable[[Tensor], Tensor] = functools.partial(hessian.block_product, block)
+        if preconditioned:
+            diagonal, left_out = [], []
+            for part in block:
+                rule, parameter = self.rules[part.parameter], hessian.parameters[part.parameter]
+                assert rule.second_moment is not None
+                diagonal.append(part.view(rule.preconditioner().expand_as(parameter)).reshape(-1))
+                # Where there was hardly ever a gradient, P is all epsilon and means nothing.
+                left_out.append(part.view(rule.second_moment <= rule.eps**2).reshape(-1))
+            product, size = precondition(product, torch.cat(diagonal), torch.cat(left_out))
+        return extreme_eigenvalues(
+            product, size, generator, max_steps=products, dtype=like.dtype, device=like.device
+        )
+
+    def read_interaction(self, hessian: Hessian, method: str) -> None:
+        """Signed coupling d_i'H_ij d_j of all pairs along the update, and its bounded share."""
+        components = self.measurable(hessian)
+        coupling = coupling_matrix(hessian, self.update, components)
+        for i, a in enumerate(coupling.names):
+            for j in range(i + 1, len(coupling.names)):
+                b = coupling.names[j]
+                for quantity, table in (
+                    ("coupling", coupling.values),
+                    ("coupling_share", coupling.shares),
+                ):
+                    self._estimate(quantity, a, table[i][j], method=method, other=b)
+            self._estimate("block_curvature", a, coupling.values[i][i], method=method)
+
+    def _estimate(
+        self,
+        quantity: str,
+        component: str,
+        estimate: Estimate,
+        factor: float = 1.0,
+        method: str | None = None,
+        other: str | None = None,
+    ) -> None:
+        if not math.isfinite(estimate.value):
+            return
+
+        def times(error: float | None) -> float | None:
+            return None if error is None else abs(factor) * error
+
+        scaled = Estimate(
+            estimate.value * factor,
+            times(estimate.std_error),
+            times(estimate.batch_std_error),
+            estimate.samples,
+            method or estimate.method,
+            estimate.dtype,
+        )
+        self.rows.append(Measurement(self.step, quantity, component, scaled, other))
+
+
+_GRADIENT_QUANTITIES = {"reached", "gradient_norm", "zero_share", "non_finite_gradient"}
+

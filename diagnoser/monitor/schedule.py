@@ -1,0 +1,112 @@
+"""When to measure what: a guaranteed skeleton, and beyond it only what the budget pays for.
+
+The run's length is not known in advance, so the guaranteed measurements lie densely at the start
+and thin out. A *sample* takes two neighbouring steps: statistics on the first, and on the second
+the curvature along the update that the first one made. Everything else (spectrum and interaction)
+is bought from the budget, in turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+GUARANTEED_STATISTICS = (0, 2, 5, 10, 20, 35, 50, 75, 100, 125, 150, 175, 198)
+GUARANTEED_CURVATURE = (5, 20, 35, 75, 100, 125, 150, 175)  # taken one step later
+SMALL_STEP_S = 0.030  # below this a step is small, and the budget is a fixed time a step
+SMALL_STEP_BUDGET_S = 100e-6
+MINIMUM_GAP = 5  # steps between two samples that the budget pays for
+TURNS = ("sample", "spectrum", "sample", "interaction")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one step measures. ``guaranteed``: whatever the budget says."""
+
+    statistics: bool = False
+    follow: bool = False  # the step after one with statistics: cosine, and curvature if asked for
+    curvature: bool = False
+    spectrum: bool = False
+    interaction: bool = False
+    guaranteed: bool = False
+
+    def __bool__(self) -> bool:
+        return self.statistics or self.follow
+
+
+@dataclass(slots=True)
+class Schedule:
+    """Decides every step's `Plan` and keeps the account.
+
+    ``overhead`` is the share of training time that measuring may take; guaranteed measurements are
+    made even beyond it. At steps shorter than 30 ms a sample costs several steps whatever is done,
+    so there the guaranteed ones are kept apart and the budget is at most 100 microseconds a step. ``every`` forces a full sample every that
+    many steps instead of the budget.
+    """
+
+    overhead: float = 0.10
+    every: int | None = None
+    training_s: float = 0.0
+    guaranteed_s: float = 0.0
+    bought_s: float = 0.0
+    steps: int = 0
+    _costs: dict[str, float] = field(default_factory=dict)
+    _turn: int = 0
+    _last_sample: int = -1
+    _pending: Plan | None = None
+
+    def plan(self, step: int) -> Plan:
+        """Returns what to measure at ``step``; called once a step, in order."""
+        if self._pending is not None:  # the second step of a sample
+            plan, self._pending = self._pending, None
+            return plan
+        if self.every is not None:
+            if step % self.every:
+                return Plan()
+            return self._sample(step, Plan(follow=True, curvature=True, spectrum=True,
+                                           interaction=True, guaranteed=True))  # fmt: skip
+        if step in GUARANTEED_STATISTICS:
+            curvature = step in GUARANTEED_CURVATURE
+            return self._sample(step, Plan(follow=True, curvature=curvature, guaranteed=True))
+        if step < 5 or step - self._last_sample < MINIMUM_GAP:
+            return Plan()
+        turn = TURNS[self._turn % len(TURNS)]
+        if self.credit < self.expected_cost(turn):
+            return Plan()
+        self._turn += 1
+        return self._sample(
+            step,
+            Plan(follow=True, curvature=True, spectrum=turn == "spectrum",
+                 interaction=turn == "interaction"),  # fmt: skip
+        )
+
+    def _sample(self, step: int, second: Plan) -> Plan:
+        self._pending, self._last_sample = second, step
+        return Plan(statistics=True, guaranteed=second.guaranteed)
+
+    @property
+    def credit(self) -> float:
+        """Seconds that may be spent on bought measurements now."""
+        step_s = self.training_s / max(self.steps, 1)
+        if step_s < SMALL_STEP_S:
+            allowance = min(self.overhead * step_s, SMALL_STEP_BUDGET_S)
+            return allowance * self.steps - self.bought_s
+        return self.overhead * self.training_s - self.guaranteed_s - self.bought_s
+
+    def expected_cost(self, turn: str) -> float:
+        """Seconds the next turn is expected to take: the last one's, else a multiple of a step."""
+        step_s = self.training_s / max(self.steps, 1)
+        first_guess = {"sample": 4.0, "spectrum": 40.0, "interaction": 30.0}[turn]
+        return self._costs.get(turn, first_guess * step_s)
+
+    def account(self, plan: Plan, seconds: float) -> None:
+        """Books ``seconds`` of monitoring; ``plan`` is the second step's where there are two."""
+        if plan.guaranteed:
+            self.guaranteed_s += seconds
+        else:
+            self.bought_s += seconds
+
+    def learn(self, plan: Plan, seconds: float) -> None:
+        """Remembers what a whole sample of this kind took."""
+        turn = "spectrum" if plan.spectrum else "interaction" if plan.interaction else "sample"
+        if plan.curvature:
+            self._costs[turn] = seconds

@@ -1,0 +1,233 @@
+"""What is being watched: the models behind a loss, their components and their optimizers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from diagnoser.components import free_component, layers_of, parameters_of, split_components
+from diagnoser.statistics import PartList
+from diagnoser.types import Component
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StepRule:
+    """How an optimizer turns a gradient into a step, as far as stability depends on it.
+
+    A quadratic with curvature ``lam`` along a direction is stable while
+    ``learning_rate * lam * factor <= 1``: gradient descent with heavy-ball momentum m has
+    ``factor = 1 / (2 + 2 m)``, Nesterov momentum ``(1 + 2 m) / (2 + 2 m)``; Adam, whose momentum is
+    an average, ``(1 - beta1) / (2 + 2 beta1)`` for the curvature preconditioned by
+    ``sqrt(v_hat) + eps`` (Cohen et al. 2021, 2207.14484 section 3).
+    """
+
+    learning_rate: float
+    factor: float
+    second_moment: Tensor | None  # bias-corrected, shaped like the parameter; None: no such thing
+    eps: float
+
+    def preconditioner(self) -> Tensor:
+        """Diagonal of P: the step is ``-learning_rate * P^-1 * average gradient``."""
+        if self.second_moment is None:
+            return torch.ones(())
+        return self.second_moment.sqrt().add_(self.eps)
+
+
+class Subject:
+    """Models, their split into components, and the parameters as tensors by name."""
+
+    def __init__(self, models: Mapping[str, nn.Module], free: Sequence[Tensor] = ()) -> None:
+        self.models = dict(models)
+        self.parameters: dict[str, Tensor] = dict(parameters_of(models))
+        components = list(split_components(models))
+        for i, tensor in enumerate(free):
+            name = f"param_groups[0][{i}]"
+            components.append(free_component(name, tensor))
+            self.parameters[name] = tensor
+        self.components: tuple[Component, ...] = tuple(components)
+        self.layers = layers_of(self.components)
+        self.parts = PartList.of(self.components)
+        self.names = [component.name for component in self.components]
+        self.name_of = {id(tensor): name for name, tensor in self.parameters.items()}
+        self._owner: dict[str, list[int]] = {}
+        for i, component in enumerate(self.components):
+            for part in component.parts:
+                self._owner.setdefault(part.parameter, []).append(i)
+        self._fan_in = _fan_in_of(self.parameters, self.components)
+
+    @property
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules of all models."""
+        for model in self.models.values():
+            yield from model.modules()
+
+    def knows(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether every one of ``tensors`` is one of the parameters."""
+        return all(id(tensor) in self.name_of for tensor in tensors)
+
+    def layer_of(self, tensors: Iterable[Tensor]) -> str | None:
+        """The layer (or single component) that the given parameters belong to."""
+        owners = {
+            owner
+            for tensor in tensors
+            for owner in self._owner.get(self.name_of.get(id(tensor), ""), [])
+        }
+        layers = {self.components[i].layer for i in owners}
+        if len(layers) != 1:
+            return None
+        layer = layers.pop()
+        if any(layer == known.name for known in self.layers):
+            return layer
+        return self.components[owners.pop()].name if len(owners) == 1 else None
+
+    def shares(self, flag: Mapping[str, bool]) -> Array:
+        """Share of every component's elements whose parameter has a true flag."""
+        sizes = np.array(
+            [part.view(self.parameters[part.parameter]).numel() for part in self.parts.parts],
+            dtype=np.float64,
+        )
+        values = np.array([flag.get(part.parameter, False) for part in self.parts.parts])
+        total = self.parts.add_up(self.parts.owner, sizes)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share: Array = self.parts.add_up(self.parts.owner, sizes * values) / total
+        return share
+
+    def per_component(self, by_parameter: Mapping[str, float]) -> Array:
+        """The largest value among a component's parameters; NaN where there is none."""
+        result = np.full(len(self.components), np.nan)
+        for i, component in enumerate(self.components):
+            values = [by_parameter[p.parameter] for p in component.parts if p.parameter in by_parameter]
+            if values:
+                result[i] = max(values)
+        return result
+
+    def weight_scale(self, weight_norms: Array) -> Array:
+        """Root mean square weight times sqrt(fan-in): about 0.6 to 1.5 at usual initialisations.
+
+        Of matrices only (He et al. 2015); NaN for embeddings, norms and recurrent components.
+        """
+        elements = np.array([component.elements for component in self.components], dtype=float)
+        scale: Array = weight_norms / np.sqrt(elements) * np.sqrt(self._fan_in)
+        return scale
+
+
+def _fan_in_of(parameters: Mapping[str, Tensor], components: Sequence[Component]) -> Array:
+    result = np.full(len(components), np.nan)
+    for i, component in enumerate(components):
+        if component.kind in ("embedding", "norm", "recurrent", "other"):
+            continue
+        for part in component.parts:
+            tensor = parameters[part.parameter]
+            if tensor.ndim >= 2:
+                result[i] = tensor[0].numel() if part.dim != 1 else tensor.shape[0]
+                break
+    return result
+
+
+def step_rules(optimizer: torch.optim.Optimizer, name_of: Mapping[int, str]) -> dict[str, StepRule]:
+    """Reads an optimizer's groups and state: how it steps every parameter it has."""
+    rules: dict[str, StepRule] = {}
+    for group in optimizer.param_groups:
+        rate = float(group["lr"]) if "lr" in group else float("nan")
+        betas = group.get("betas")
+        momentum = float(group.get("momentum", 0.0) or 0.0)
+        for parameter in group["params"]:
+            name = name_of.get(id(parameter))
+            if name is None:
+                continue
+            state = optimizer.state.get(parameter, {})
+            second = state.get("exp_avg_sq")
+            if second is not None and betas is not None:
+                beta1, beta2 = float(betas[0]), float(betas[1])
+                step = float(state.get("step", 0.0))
+                second = second / max(1.0 - beta2**step, 1e-38)
+                factor = (1.0 - beta1) / (2.0 + 2.0 * beta1)
+            elif group.get("nesterov"):
+                factor = (1.0 + 2.0 * momentum) / (2.0 + 2.0 * momentum)
+            elif type(optimizer) is torch.optim.SGD:
+                factor = 1.0 / (2.0 + 2.0 * momentum)
+            else:
+                factor = float("nan")  # an optimizer whose stability is not known
+            rules[name] = StepRule(rate, factor, second, float(group.get("eps", 0.0)))
+    return rules
+
+
+def find_models(
+    modules: Iterable[nn.Module],
+    reached: Sequence[Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> tuple[dict[str, nn.Module], list[Tensor]]:
+    """Finds and names the root modules behind a loss and its optimizers.
+
+    A root is a module that is nobody's child. One root needs no name; several are named after the
+    variables of the user's program that hold them. A root that the loss does not reach although
+    its optimizer also steps what is reached is a stale module, replaced after the optimizer was
+    built: it is named, and the one that is reached needs no name still.
+
+    Args:
+        modules: All modules that exist.
+        reached: Parameters the loss depends on.
+        optimizers: All optimizers that exist.
+
+    Returns:
+        Roots by name (an empty name: none needed), and the parameters that no module owns.
+    """
+    everything = [m for m in modules if "_modules" in m.__dict__ and "_parameters" in m.__dict__]
+    children = {id(c) for m in everything for c in m._modules.values() if c is not None}
+    groups = [
+        {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in optimizers
+    ]
+    wanted = {id(p): p for p in reached}
+    for group in groups:
+        wanted |= group
+    own = {id(m): {id(p) for p in m.parameters()} for m in everything if id(m) not in children}
+    roots = [m for m in everything if own.get(id(m), set()) & wanted.keys()]
+    at_loss = {id(p) for p in reached}
+    roots.sort(key=lambda root: -len(own[id(root)] & at_loss))
+    chosen: list[nn.Module] = []
+    covered: set[int] = set()
+    for root in roots:
+        if (own[id(root)] & wanted.keys()) - covered:
+            chosen.append(root)
+            covered |= own[id(root)]
+    free = [p for key, p in wanted.items() if key not in covered]
+    if not chosen:
+        return {}, free
+    main, *others = chosen
+    shared = {key for group in groups if group.keys() & own[id(main)] for key in group}
+    if all(not own[id(o)] & at_loss and own[id(o)] & shared for o in others):
+        names = _variable_names(others)
+        return {"": main, **{names[id(other)]: other for other in others}}, free
+    names = _variable_names(chosen)
+    return {names[id(root)]: root for root in chosen}, free
+
+
+def _variable_names(roots: Sequence[nn.Module]) -> dict[int, str]:
+    names: dict[int, str] = {}
+    frame = sys._getframe(1)
+    scopes: list[Mapping[str, object]] = []
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").split(".")[0] not in ("torch", "diagnoser"):
+            scopes += [frame.f_locals, frame.f_globals]
+        frame = frame.f_back  # type: ignore[assignment]
+    for root in roots:
+        for scope in scopes:
+            found = next((k for k, v in list(scope.items()) if v is root), None)
+            if found is not None and found != "self":
+                break
+        else:
+            found = type(root).__name__.lower()
+        name, count = found, 2
+        while name in names.values():
+            name, count = f"{found}{count}", count + 1
+        names[id(root)] = name
+    return names

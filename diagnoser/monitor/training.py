@@ -1,0 +1,400 @@
+"""The monitor: follows a training step by step, measures when the schedule says so, and logs.
+
+It is told of three things (`interception.Listener`): a backward is about to start, it has returned,
+an optimizer has stepped. A step ends with the last backward before the next one's first, so that
+accumulation, several losses and several optimizers fall into place. A failure of its own is a
+recorded event, and training goes on (law 4).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diagnoser.curvature import Hessian, unreliable_nodes
+from diagnoser.errors import MeasurementError
+from diagnoser.runlog import RunLogWriter
+from diagnoser.statistics import GraphReading, read_graph
+from diagnoser.types import Cost, Where
+from diagnoser.vocabulary import MODEL
+from diagnoser.monitor.interception import Books, loss_scale, user_place
+from diagnoser.monitor.quiet import quiet
+from diagnoser.monitor.sample import Sample
+from diagnoser.monitor.schedule import Plan, Schedule
+from diagnoser.monitor.subject import StepRule, Subject, find_models, step_rules
+
+Loss = Callable[[nn.Module, Any], Tensor]
+MAX_FAILURES = 5  # of one kind of measurement, after which it is not tried again
+SPECTRUM_COMPONENTS = 2  # measured at a time, in turn
+LARGE_SCORES = 65_536  # elements of a classification's scores beyond which accuracy is sampled
+
+
+class Monitor:
+    """Listens to one training. Not thread-safe: only the thread that installed it is watched.
+
+    Args:
+        log: Where everything goes.
+        books: Notes of the interception.
+        schedule: When to measure what.
+        models: Root modules by name, or None to find them behind the first loss.
+        optimizer: The optimizer, or None to take all that were built.
+        probe: A function that yields losses of fixed probe batches, or None for the live graph.
+        on_measured: Called after every measurement (findings that appear are printed there).
+    """
+
+    def __init__(
+        self,
+        log: RunLogWriter,
+        books: Books,
+        schedule: Schedule,
+        *,
+        models: Mapping[str, nn.Module] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        probe: Callable[[], list[Tensor]] | None = None,
+        on_measured: Callable[[int], None] | None = None,
+    ) -> None:
+        self.log = log
+        self.schedule = schedule
+        self.step = 0
+        self.measurements = 0
+        self.subject: Subject | None = None
+        self._books = books
+        self._models = models
+        self._optimizer = optimizer
+        self._probe = probe
+        self._on_measured = on_measured
+        self._failures: dict[str, int] = {}
+        self._started: float | None = None
+        self._spent = 0.0
+        self._generator = torch.Generator().manual_seed(0)
+        self._next_component = 0
+        # the running step
+        self._plan = Plan()
+        self._sample: Sample | None = None
+        self._backwards = 0
+        self._last_backwards = 1
+        self._loss = torch.tensor(math.nan)
+        self._waiting: list[tuple[int, Tensor, float]] = []
+        self._right = self._counted = 0
+        self._steps_of: dict[int, int] = {}
+        self._announced_non_finite = False
+        self._place: Where | None = None
+
+    # -- what the interception tells --------------------------------------------------------------
+
+    def before_backward(self, root: Any) -> None:
+        """See `interception.Listener`."""
+        with self._guard("backward"):
+            if self._step_is_over():
+                self._end_step()
+            if self._backwards == 0:
+                self._begin_step()
+            self._backwards += 1
+            loss = root if isinstance(root, Tensor) else None
+            if loss is None or loss.numel() != 1 or loss.grad_fn is None:
+                return
+            self._note_loss(loss)
+            if self._plan and self._backwards == 1:
+                self._measure_before(loss)
+
+    def after_backward(self) -> None:
+        """See `interception.Listener`."""
+        if self._sample is None or not self._plan:
+            return
+        with self._guard("gradients"):
+            if self._plan.statistics:
+                self._sample.read_gradients(keep=self._plan.statistics)
+            elif self._plan.follow:
+                self._sample.read_cosine()
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """See `interception.Listener`."""
+        with self._guard("update"):
+            key = id(optimizer)
+            self._steps_of[key] = self._steps_of.get(key, 0) + 1
+            if self._sample is not None and self._plan.statistics:
+                self._read_update(self._optimizers(), note_left=True)
+
+    # -- steps -----------------------------------------------------------------------------------
+
+    def _step_is_over(self) -> bool:
+        if self._backwards == 0:
+            return False
+        if self._steps_of:
+            return max(self._steps_of.values()) > self.step
+        if any(True for _ in self._optimizers()):
+            return False
+        # No optimizer at all: parameters are changed by hand, and a step is over when the
+        # gradients were cleared.
+        gradients = [p.grad for p in self._known_parameters() if p.grad is not None]
+        return not gradients or not any(bool(g.any()) for g in gradients[:3])
+
+    def _known_parameters(self) -> list[Tensor]:
+        return list(self.subject.parameters.values()) if self.subject is not None else []
+
+    def _begin_step(self) -> None:
+        now = time.perf_counter()
+        if self._started is None:
+            self._started = now
+        self.schedule.steps = self.step
+        self.schedule.training_s = max(now - self._started - self._spent, 0.0)
+        self._plan = self.schedule.plan(self.step)
+        self._loss, self._right, self._counted = torch.tensor(math.nan), 0, 0
+
+    def _end_step(self) -> None:
+        sample = self._sample
+        if sample is not None and self._plan.statistics and not sample.update:
+            self._read_update((), note_left=False)  # parameters changed by hand
+        accuracy = self._right / self._counted if self._counted else math.nan
+        self._waiting.append((self.step, self._loss, accuracy))
+        if self._plan or self._loss.device.type == "cpu":
+            self._write_losses()
+        if sample is not None and self._plan.follow:
+            self._write(sample)
+        self._last_backwards, self._backwards = self._backwards, 0
+        self.step += 1
+
+    def _write(self, sample: Sample) -> None:
+        self._sample = None
+        self.log.measurement(sample.step, sample.rows, sample.seconds)
+        self.measurements += 1
+        self.schedule.learn(self._plan, sample.seconds)
+        if self._on_measured is not None:
+            self._on_measured(sample.step)
+
+    def finish(self, exit_code: int | None) -> None:
+        """Ends the log; what was measured of an unfinished sample is kept."""
+        with self._guard("finish"):
+            if self._backwards:
+                self._end_step()
+            self._write_losses()
+            if self._sample is not None and self._sample.rows:
+                sample, self._sample = self._sample, None
+                self.log.measurement(sample.step, sample.rows, sample.seconds)
+                self.measurements += 1
+            if self.step and self.subject is not None and self.schedule.guaranteed_s:
+                self._say_what_the_budget_was()
+        now = time.perf_counter()
+        training = 0.0 if self._started is None else now - self._started - self._spent
+        self.log.end(exit_code, Cost(self.step, self.measurements, training, self._spent))
+
+    def _say_what_the_budget_was(self) -> None:
+        training, budget = self.schedule.training_s, self.schedule.overhead
+        if training > 0 and self._spent > budget * training and self.schedule.every is None:
+            self.log.event(
+                self.step,
+                "over_budget",
+                f"monitoring took {self._spent / training:.0%} of training time instead of "
+                f"{budget:.0%}: {self.schedule.guaranteed_s:.2f} s went into the measurements that "
+                "every run gets however short its steps are",
+                {"guaranteed_s": self.schedule.guaranteed_s, "bought_s": self.schedule.bought_s},
+            )
+
+    # -- measuring -------------------------------------------------------------------------------
+
+    def _note_loss(self, loss: Tensor) -> None:
+        """Adds this backward's loss to the step's; reading it on a device waits for a sample."""
+        value = loss.detach() / loss_scale(loss)
+        self._loss = value if self._backwards == 1 else self._loss + value
+        self._count_right(loss)
+        if loss.device.type == "cpu" and not self._announced_non_finite and not value.isfinite():
+            self._announced_non_finite = True
+            self._look_at_non_finite(loss)
+
+    def _write_losses(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            values = torch.stack([loss.double().cpu() for _, loss, _ in waiting]).tolist()
+            for (step, _, accuracy), value in zip(waiting, values, strict=True):
+                self.log.loss(step, value, accuracy)
+
+    def _count_right(self, loss: Tensor) -> None:
+        """Adds up the accuracy of a cross-entropy that is the loss itself: no walk, no wait."""
+        node = loss.grad_fn
+        if node is None or not node.name().startswith("NllLoss") or loss.device.type != "cpu":
+            return
+        scores, target = node._saved_self, node._saved_target  # type: ignore[attr-defined]
+        if scores.ndim != 2 or scores.numel() > LARGE_SCORES:
+            return
+        with torch.no_grad():
+            counted = target != node._saved_ignore_index  # type: ignore[attr-defined]
+            self._right += int(((scores.argmax(dim=1) == target) & counted).sum())
+            self._counted += int(counted.sum())
+
+    def _measure_before(self, loss: Tensor) -> None:
+        plan = self._plan
+        if plan.statistics:
+            reading = read_graph(loss, values=False)
+            if self.subject is None or not self.subject.knows(self._real(reading.parameters)):
+                self._find_subject(reading)
+            subject = self.subject
+            assert subject is not None
+            self._sample = sample = Sample(self.step, subject)
+            self._check_left_gradients(sample)
+            with self._quietly(subject):
+                reading = read_graph(loss)
+            sample.read_graph(reading)
+            sample.read_weights()
+            if reading.opaque:
+                self._once("opaque", f"{reading.opaque[0]}: a compiled module hides its operations")
+            return
+        if self._sample is None:
+            return
+        self._check_left_gradients(self._sample)
+        if plan.curvature and self._sample.update and bool(self._loss.isfinite()):
+            self._measure_curvature(self._sample, loss)
+
+    def _measure_curvature(self, sample: Sample, loss: Tensor) -> None:
+        if self._failures.get("curvature", 0) >= MAX_FAILURES:
+            return
+        subject = sample.subject
+        wanted = {n: p for n, p in subject.parameters.items() if p.requires_grad}
+        with self._guard("curvature"), self._quietly(subject):
+            if self._probe is not None:
+                losses, method, scale, value = self._probe(), "probe", 1.0, math.nan
+                value = float(torch.stack([part.detach() for part in losses]).mean())
+            else:
+                for node in unreliable_nodes(loss):
+                    raise MeasurementError(f"{node}: has no trustworthy second derivative")
+                scale = loss_scale(loss) / self._last_backwards
+                losses, method = [loss], "live"
+                value = float(self._loss) * self._last_backwards
+                if self._last_backwards > 1:
+                    method = f"live, first of {self._last_backwards} backwards"
+            with Hessian(losses, wanted, scale=scale) as hessian:
+                sample.read_curvature(hessian, value, method)
+                if self._plan.spectrum or self._plan.interaction:
+                    sample.read_gradient_curvature(hessian, method)
+                if self._plan.spectrum:
+                    components = sample.measurable(hessian)
+                    first = self._next_component % max(len(components), 1)
+                    chosen = (components + components)[first : first + SPECTRUM_COMPONENTS]
+                    if self.schedule.every is not None:
+                        chosen = components
+                    self._next_component = first + SPECTRUM_COMPONENTS
+                    sample.read_spectrum(hessian, chosen, self._generator)
+                if self._plan.interaction:
+                    sample.read_interaction(hessian, method)
+
+    def _read_update(self, optimizers: Any, *, note_left: bool) -> None:
+        sample = self._sample
+        assert sample is not None
+        subject = sample.subject
+        rules: dict[str, StepRule] = {}
+        optimized: dict[str, bool] = {}
+        count = 0
+        for optimizer in optimizers:
+            count += 1
+            rules |= step_rules(optimizer, subject.name_of)
+            for group in optimizer.param_groups:
+                optimized |= {
+                    subject.name_of[id(p)]: True
+                    for p in group["params"]
+                    if id(p) in subject.name_of
+                }
+        sample.read_update(rules, optimized if count else None)
+        if note_left and count == 1:  # with several, another one's loss may leave gradients here
+            sample.left_gradients = {
+                name: (id(p.grad), p.grad._version)
+                for name, p in subject.parameters.items()
+                if p.grad is not None and name in optimized
+            }
+
+    def _check_left_gradients(self, sample: Sample) -> None:
+        """Whether gradients of the last step still stand when the next backward begins."""
+        left, sample.left_gradients = sample.left_gradients, {}
+        if not left:
+            return
+        still = [
+            p.grad is not None and (id(p.grad), p.grad._version) == left[name]
+            for name, p in sample.subject.parameters.items()
+            if name in left
+        ]
+        sample.run("carried_gradients", sum(still) / len(still))
+
+    def _look_at_non_finite(self, loss: Tensor) -> None:
+        """The first NaN or Inf of the loss: its graph still shows where it was born."""
+        self.log.event(self.step, "non_finite_loss", "the loss is not finite", {})
+        if self.subject is None:
+            self._find_subject(read_graph(loss, values=False))
+        assert self.subject is not None
+        sample = Sample(self.step, self.subject)
+        sample.run("non_finite_loss", 1.0)
+        with self._quietly(self.subject):
+            sample.read_graph(read_graph(loss))
+        sample.read_weights()
+        self.log.measurement(self.step, sample.rows, 0.0)
+        self.measurements += 1
+
+    # -- the subject -----------------------------------------------------------------------------
+
+    def _real(self, leaves: list[Tensor]) -> list[Tensor]:
+        """Without the inputs that require a gradient."""
+        known = {id(p) for o in self._optimizers() for g in o.param_groups for p in g["params"]}
+        return [leaf for leaf in leaves if isinstance(leaf, nn.Parameter) or id(leaf) in known]
+
+    def _find_subject(self, reading: GraphReading) -> None:
+        parameters = self._real(reading.parameters)
+        if self._models is not None:
+            models, free = dict(self._models), list[Tensor]()
+        else:
+            models, free = find_models(
+                self._books.modules, parameters, list(self._optimizers())
+            )
+        self.subject = Subject(models, free)
+        self.log.components(self.step, (*self.subject.components, *self.subject.layers), {})
+        self._place = user_place()
+        for optimizer in self._optimizers():
+            place = self._books.optimizer_places.get(id(optimizer))
+            data = {"class": type(optimizer).__name__, "groups": len(optimizer.param_groups)}
+            if place is not None:
+                data |= {"file": place.file, "line": place.line}
+            self.log.fact(self.step, "optimizer", MODEL, 1.0, data)
+        if self._place is not None:
+            data = {"file": self._place.file, "line": self._place.line}
+            self.log.fact(self.step, "backward", MODEL, 1.0, data)
+
+    def _optimizers(self) -> Iterator[torch.optim.Optimizer]:
+        if self._optimizer is not None:
+            yield self._optimizer
+            return
+        yield from self._books.optimizers
+
+    # -- keeping out of the way ------------------------------------------------------------------
+
+    def _quietly(self, subject: Subject) -> Any:
+        return quiet(self._books, subject.modules, list(subject.parameters.values()))
+
+    @contextmanager
+    def _guard(self, what: str) -> Iterator[None]:
+        """Times our own work and turns our own failures into events."""
+        start = time.perf_counter()
+        try:
+            yield
+        except Exception as error:
+            self._failed(what, error)
+        finally:
+            if what != "curvature":  # timed by the backward it lies in
+                seconds = time.perf_counter() - start
+                self._spent += seconds
+                self.schedule.account(self._plan, seconds)
+                if self._sample is not None:
+                    self._sample.seconds += seconds
+
+    def _failed(self, what: str, error: Exception) -> None:
+        self._failures[what] = count = self._failures.get(what, 0) + 1
+        if count <= MAX_FAILURES:
+            kind = "unmeasurable" if isinstance(error, MeasurementError) else "monitor_error"
+            text = f"{what}: {error}" if kind == "unmeasurable" else f"{what}: {error!r}"
+            self.log.event(self.step, kind, text, {"failures": count})
+
+    def _once(self, key: str, message: str) -> None:
+        if self._failures.setdefault(f"once:{key}", 0) == 0:
+            self._failures[f"once:{key}"] = 1
+            self.log.event(self.step, "unmeasurable", message, {})

@@ -1,0 +1,372 @@
+"""The diagnosis as one self-contained HTML page: no network, no fonts, no libraries.
+
+Python works out words, numbers and geometry; `page.html.j2` places them. Every name, message and
+label passes `wording.visible` and then Jinja's automatic escaping; nothing is ever marked as safe.
+The same diagnosis and data give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagnoser.errors import UsageError
+from diagnoser.report import wording
+from diagnoser.report.data import QUANTITIES, ReportData
+from diagnoser.report.drawing import (
+    SCALES,
+    HeatMap,
+    Scale,
+    column_ticks,
+    heat_map,
+    line_path,
+    scale_of,
+    step_ticks,
+)
+from diagnoser.table import Array
+from diagnoser.types import Diagnosis, Evidence, Finding
+from diagnoser.vocabulary import CAUSE_CATEGORY, FAULTS, SEVERITIES, severity_rank
+
+CHART: Final = (1000, 260)  # units of a large chart
+SPARK: Final = (120, 26)  # units of a curve in the table
+CURVES: Final = 80, 6  # components and quantities in the table of curves; the heat maps show all
+COLUMNS: Final = 300  # columns of a heat map; longer runs show every second, third ...
+PAIRS: Final = 6  # strongest couplings listed beside the matrix
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """The number of a finding on a drawing; places in [0, 1] from the left and the top."""
+
+    position: int
+    severity: str
+    left: float
+    top: float
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A curve over steps with its axes and flags."""
+
+    title: str
+    note: str
+    path: str
+    rows: list[tuple[float, str]]
+    columns: list[tuple[float, str]]
+    flags: list[Flag]
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A heat map with what stands around it; ``names`` are its rows."""
+
+    title: str
+    note: str
+    map: HeatMap
+    names: list[str]
+    columns: list[tuple[float, str]]
+    column_names: str  # JSON list of steps or names, for reading values back
+    labels: str  # JSON list, for the same
+    flags: list[Flag]
+
+
+@dataclass(frozen=True, slots=True)
+class Gauge:
+    """An observed value with two standard errors against its threshold, places in [0, 1]."""
+
+    low: float
+    observed: float
+    high: float
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A component in the table of curves."""
+
+    name: str
+    kind: str
+    severity: str
+    rank: int
+    findings: list[int]
+    cells: list[tuple[str, str]]  # path and last value
+
+
+def render_report(diagnosis: Diagnosis, data: ReportData) -> str:
+    """Returns the page; ``data`` may be empty in part, what is missing is left out or said."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("diagnoser", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda place: f"{100 * place:.2f}%"
+    environment.filters["visible"] = wording.visible
+    environment.filters["number"] = wording.number
+    quantities = _ordered(data.quantities)
+    groups = wording.findings_by_cause(diagnosis)
+    return environment.get_template("page.html.j2").render(
+        diagnosis=diagnosis,
+        words=wording,
+        faults=FAULTS,
+        categories=CAUSE_CATEGORY,
+        groups=groups,
+        ranks={cause: rank for rank, cause in enumerate(diagnosis.causes, start=1)},
+        unexplained=[k for cause, found in groups if cause is None for k, _ in found],
+        story=sorted(enumerate(diagnosis.findings, start=1), key=lambda pair: pair[1].since_step),
+        worst=max((f.severity for f in diagnosis.findings), key=severity_rank, default=""),
+        gauge=_gauge,
+        chart_size=CHART,
+        spark_size=SPARK,
+        charts=list(_charts(diagnosis, data)),
+        panels=[_panel(diagnosis, data, name) for name in quantities],
+        coupling=_coupling(data),
+        pairs=_pairs(data),
+        coupling_step=data.coupling_step,
+        titles=[_title(name)[0] for name in quantities[: CURVES[1]]],
+        rows=_rows(diagnosis, data, quantities[: CURVES[1]]),
+        left_out=max(len(data.components) - CURVES[0], 0),
+        severities=SEVERITIES[::-1],
+    )
+
+
+def write_report(diagnosis: Diagnosis, data: ReportData, path: Path) -> None:
+    """Writes the page to ``path``, which holds either the old page or the whole new one.
+
+    Raises:
+        UsageError: the place cannot be written.
+    """
+    page = render_report(diagnosis, data)
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+                file.write(page)
+            Path(name).chmod(0o666 & ~_umask())  # mkstemp makes files that only the owner reads
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UsageError(
+            f"cannot write the report to {wording.visible(str(path), limit=200)}: "
+            f"{error.strerror or error}; choose another file with -o"
+        ) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _title(quantity: str) -> tuple[str, str]:
+    return QUANTITIES.get(quantity, (wording.visible(quantity).replace("_", " "), ""))
+
+
+def _ordered(quantities: Mapping[str, Array]) -> list[str]:
+    known = list(QUANTITIES)
+    measured = [name for name, values in quantities.items() if np.isfinite(values).any()]
+    return sorted(measured, key=lambda name: (known.index(name) if name in known else 99, name))
+
+
+def _charts(diagnosis: Diagnosis, data: ReportData) -> Iterator[Chart]:
+    """Yields the curves of the whole run, all of them over the same steps."""
+    ends = [
+        int(steps[k])
+        for steps in (data.loss_steps, data.accuracy_steps)
+        if len(steps)
+        for k in (0, -1)
+    ]
+    if not ends:
+        return
+    span = min(ends), max(ends)
+    flags = _step_flags(diagnosis, span)
+    if chart := _chart("training loss", data.loss_steps, data.loss_values, span, flags):
+        yield chart
+    if chart := _chart("accuracy", data.accuracy_steps, data.accuracy_values, span, []):
+        yield chart
+
+
+def _chart(
+    title: str,
+    steps: NDArray[np.int64],
+    values: Array,
+    span: tuple[int, int],
+    flags: list[Flag],
+) -> Chart | None:
+    scale = scale_of(values)
+    if scale is None:
+        return None
+    broken = steps[~np.isfinite(values)]
+    notes = [] if scale.kind == "linear" else [SCALES[scale.kind]]
+    if broken.size:
+        where = f"{wording.count(len(broken), 'step')}, first at step {broken[0]}"
+        notes.append(f"not finite at {where}")
+    path = line_path(steps, values, scale, span=span, size=CHART, bins=500)
+    return Chart(title, "; ".join(notes), path, scale.ticks(), step_ticks(span), flags)
+
+
+def _step_flags(diagnosis: Diagnosis, span: tuple[int, int]) -> list[Flag]:
+    """Returns a flag for each finding; those that would cover one another are stacked."""
+    flags: list[Flag] = []
+    for position, finding in enumerate(diagnosis.findings, start=1):
+        place = (finding.since_step - span[0]) / max(span[1] - span[0], 1)
+        left = min(max(place, 0.0), 1.0)
+        level = sum(abs(flag.left - left) < 0.06 for flag in flags)
+        flags.append(_flag(position, finding, left, min(0.13 * level, 0.9)))
+    return flags
+
+
+def _flag(position: int, finding: Finding, left: float, top: float) -> Flag:
+    place = wording.subject(finding.component, finding.other)
+    title = f"finding {position}: {finding.fault} in {place}, from step {finding.since_step}"
+    return Flag(position, finding.severity, left, top, title)
+
+
+def _panel(diagnosis: Diagnosis, data: ReportData, quantity: str) -> Panel:
+    """Draws the components that have the quantity at the steps at which any of them has."""
+    values = data.quantities[quantity]
+    measured = ~np.isnan(values)
+    kept, columns = np.flatnonzero(measured.any(axis=1)), np.flatnonzero(measured.any(axis=0))
+    stride = -(-len(columns) // COLUMNS)
+    steps = data.steps[columns[::stride]]
+    drawn = heat_map(values[np.ix_(kept, columns[::stride])])
+    title, note = _title(quantity)
+    notes = [note] if note else []
+    if len(kept) < len(data.components):
+        notes.append(f"{len(kept)} of {len(data.components)} components")
+    if stride > 1:
+        notes.append(f"1 of {stride} measurements")
+    names = [data.components[k].name for k in kept]
+    return Panel(
+        title=title,
+        note="; ".join([*notes, drawn.scale]),
+        map=drawn,
+        names=[wording.visible(name, limit=80) for name in names],
+        columns=column_ticks(steps),
+        column_names=json.dumps(steps.tolist()),
+        labels=json.dumps(drawn.labels),
+        flags=list(_cell_flags(diagnosis, steps, names)),
+    )
+
+
+def _cell_flags(diagnosis: Diagnosis, steps: NDArray[np.int64], names: list[str]) -> Iterator[Flag]:
+    for position, finding in enumerate(diagnosis.findings, start=1):
+        if finding.component in names:
+            column = min(int(np.searchsorted(steps, finding.since_step)), len(steps) - 1)
+            row = names.index(finding.component)
+            left, top = (column + 0.5) / len(steps), (row + 0.5) / len(names)
+            yield _flag(position, finding, left, top)
+
+
+def _coupling(data: ReportData) -> Panel | None:
+    if data.coupling is None:
+        return None
+    apart = np.where(np.eye(len(data.components), dtype=bool), np.nan, data.coupling)
+    kept = np.flatnonzero(np.isfinite(apart).any(axis=1))
+    if not kept.size:
+        return None
+    drawn = heat_map(data.coupling[np.ix_(kept, kept)], own_diagonal=True)
+    names = [wording.visible(data.components[k].name, limit=80) for k in kept]
+    missing = len(data.components) - len(kept)
+    stride = max(1, len(names) // 15)
+    return Panel(
+        title="coupling",
+        note="row with column, between -1 and 1" + (f"; {missing} not measured" if missing else ""),
+        map=drawn,
+        names=names,
+        columns=[((k + 0.5) / len(names), str(k + 1)) for k in range(0, len(names), stride)],
+        column_names=json.dumps(names),
+        labels=json.dumps(drawn.labels),
+        flags=[],
+    )
+
+
+def _pairs(data: ReportData) -> list[tuple[str, str, float]]:
+    """Returns the pairs with the largest absolute coupling, strongest first."""
+    if data.coupling is None:
+        return []
+    rows, columns = np.triu_indices(len(data.components), k=1)
+    values = data.coupling[rows, columns]
+    ranked = [k for k in np.argsort(-np.abs(values), kind="stable") if np.isfinite(values[k])]
+    return [
+        (
+            wording.visible(data.components[rows[k]].name),
+            wording.visible(data.components[columns[k]].name),
+            float(values[k]),
+        )
+        for k in ranked[:PAIRS]
+    ]
+
+
+def _rows(diagnosis: Diagnosis, data: ReportData, quantities: list[str]) -> list[Row]:
+    """Returns the table of curves: components with findings first, then in the model's order."""
+    found: dict[str, list[int]] = {}
+    for position, finding in enumerate(diagnosis.findings, start=1):
+        for name in {finding.component, finding.other} - {None}:
+            found.setdefault(str(name), []).append(position)
+    order = sorted(
+        range(len(data.components)), key=lambda k: (data.components[k].name not in found, k)
+    )
+    columns = {name: ~np.isnan(data.quantities[name]).all(axis=0) for name in quantities}
+    rows = []
+    for k in order[: CURVES[0]]:
+        component = data.components[k]
+        positions = found.get(component.name, [])
+        severities = [diagnosis.findings[position - 1].severity for position in positions]
+        severity = max(severities, key=severity_rank, default="")
+        cells = [
+            _spark(data.steps[columns[name]], data.quantities[name][k, columns[name]])
+            for name in quantities
+        ]
+        rows.append(
+            Row(
+                name=wording.visible(component.name, limit=80),
+                kind=component.kind,
+                severity=severity,
+                rank=severity_rank(severity) if severity else -1,
+                findings=positions,
+                cells=cells,
+            )
+        )
+    return rows
+
+
+def _spark(steps: NDArray[np.int64], values: Array) -> tuple[str, str]:
+    """Returns the path and the last value of one small curve."""
+    scale = scale_of(values)
+    if scale is None:
+        return "", ""
+    span = int(steps[0]), int(steps[-1])
+    path = line_path(steps, values, scale, span=span, size=SPARK, bins=20)
+    last = float(values[~np.isnan(values)][-1])
+    return path, wording.number(last)
+
+
+def _gauge(evidence: Evidence) -> Gauge | None:
+    """Returns the drawing of one comparison, None where it would show nothing."""
+    observed, threshold = evidence.observed, evidence.threshold
+    error = 2 * (wording.total_error(evidence) or 0.0)
+    ends = np.array([observed - error, observed, observed + error, threshold])
+    if not np.isfinite(ends).all() or observed == threshold:
+        return None
+    low, high = float(ends.min()), float(ends.max())
+    if low > 0 and high / low > 10:
+        scale = Scale("logarithmic", low / 1.5, high * 1.5)
+    else:
+        margin = 0.2 * (high - low)
+        scale = Scale("linear", low - margin, high + margin)
+    return Gauge(*(float(place) for place in scale.forward(ends)))

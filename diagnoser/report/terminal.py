@@ -1,0 +1,192 @@
+"""The diagnosis on a terminal or in a log: one page, at most 80 columns, verdict first.
+
+Nothing here moves or redraws: a page of lines, coloured where the console is a terminal and plain
+everywhere else. Names are untrusted: they go through `wording.visible`, and markup is never parsed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
+
+from rich.console import Console
+from rich.text import Text
+
+from diagnoser.report import wording
+from diagnoser.types import Checked, Cost, Diagnosis, Finding, Unknown
+
+WIDTH: Final = 80
+LINE: Final = 100  # characters of a live notice, names not counted
+
+# How many entries one page has room for; the rest stands in diagnosis.json and the HTML page.
+CAUSES: Final = 4
+OTHERS: Final = 4  # causes that are only possible
+FINDINGS: Final = 4  # under each cause
+EVIDENCE: Final = 3  # under each finding
+REPAIRS: Final = 4
+CHECKED: Final = 12
+UNKNOWN: Final = 6
+
+_STYLES: Final = {
+    "faulty": "bold red",
+    "healthy": "bold green",
+    "inconclusive": "bold yellow",
+    "critical": "bold red",
+    "high": "red",
+    "medium": "yellow",
+    "low": "dim",
+}
+
+
+class Line(NamedTuple):
+    """Text with its styles, hung at a column; ``mark`` stands before its first row."""
+
+    indent: int
+    parts: tuple[tuple[str, str], ...]
+    mark: str = ""
+
+
+def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
+    """Prints ``diagnosis`` as one page, no line longer than 80 columns (or than the console)."""
+    width = min(console.width, WIDTH)
+    for indent, parts, mark in _page(diagnosis):
+        text = Text.assemble(*((_encodable(part, console), style) for part, style in parts))
+        for row, fragment in enumerate(text.wrap(console, max(width - indent, 20)) or [Text()]):
+            start = mark.rjust(indent) if row == 0 else " " * indent
+            line = Text(start).append_text(fragment)
+            line.rstrip()
+            console.print(line, soft_wrap=True, highlight=False)
+
+
+def finding_line(finding: Finding) -> str:
+    """Returns the one-line notice of a finding that is printed while the training runs.
+
+    At most 100 characters beside the name of the component; the message gives way at a word.
+    """
+    name = wording.subject(finding.component, finding.other)
+    start = f"diagnoser: step {finding.since_step}: {finding.severity}: {finding.fault} in "
+    message = wording.visible(finding.message, limit=1000)
+    room = LINE - len(start) - len(": ") + (len(name) if name in message else 0)
+    if len(message) > room:
+        head = message[: room - len("...")]
+        message = f"{head.rsplit(' ', 1)[0]}..."
+    return f"{start}{name}: {message}"
+
+
+def _encodable(text: str, console: Console) -> str:
+    """Returns ``text`` as the console's encoding can write it; a log may well be plain ASCII."""
+    try:
+        text.encode(console.encoding)
+    except UnicodeEncodeError:
+        plain = text.replace("±", "+/-")
+        return plain.encode(console.encoding, "backslashreplace").decode(console.encoding)
+    return text
+
+
+def _line(indent: int, text: str, style: str = "", mark: str = "") -> Line:
+    return Line(indent, ((text, style),), mark)
+
+
+def _page(diagnosis: Diagnosis) -> Iterator[Line]:
+    verdict = wording.VERDICT_SENTENCES[diagnosis.verdict]
+    yield Line(0, ((diagnosis.verdict, _STYLES[diagnosis.verdict]), (f": {verdict}", "bold")))
+    yield _line(0, wording.visible(diagnosis.reason, limit=400))
+    ended = f", exit code {diagnosis.exit_code}" if diagnosis.exit_code else ""
+    yield _line(0, f"run {wording.visible(diagnosis.run)}{ended}", "dim")
+    yield from _causes(diagnosis)
+    yield from _checked(diagnosis.checked)
+    yield from _unknown(diagnosis.unknown)
+    yield from _cost(diagnosis.cost)
+
+
+def _heading(text: str) -> Iterator[Line]:
+    yield _line(0, "")
+    yield _line(0, text, "bold")
+
+
+def _causes(diagnosis: Diagnosis) -> Iterator[Line]:
+    groups = wording.findings_by_cause(diagnosis)
+    ranked = [(rank, c, f) for rank, (c, f) in enumerate(groups, start=1) if c is not None]
+    shown = [entry for entry in ranked if entry[2]]
+    if shown:
+        yield from _heading("likely causes")
+    for rank, cause, findings in shown[:CAUSES]:
+        yield _line(4, wording.cause_sentence(cause), "bold", mark=f"{rank}. ")
+        measured = wording.confidence(cause.probability, cause.n)
+        label = f"{cause.cause} in {wording.subject(cause.component)}"
+        yield _line(4, f"{label}; {measured}" if measured else label, "dim")
+        yield from _findings(findings, explained=True)
+        yield from _repairs(findings)
+    yield from _more(len(shown) - CAUSES, "cause")
+    others = [entry for entry in ranked if not entry[2]]
+    if others:
+        yield from _heading("also possible")
+    for rank, cause, _ in others[:OTHERS]:
+        yield _line(4, f"{cause.cause} in {wording.subject(cause.component)}", mark=f"{rank}. ")
+    yield from _more(len(others) - OTHERS, "cause")
+    for _, findings in groups[len(ranked) :]:
+        yield from _heading("findings without a ranked cause")
+        yield from _findings(findings, explained=False)
+        yield from _repairs(findings)
+
+
+def _findings(findings: Sequence[tuple[int, Finding]], explained: bool) -> Iterator[Line]:
+    for _, finding in findings[:FINDINGS]:
+        where = finding.where
+        place = f" ({wording.visible(where.file)}, line {where.line})" if where else ""
+        yield Line(
+            4,
+            (
+                (finding.severity, _STYLES[finding.severity]),
+                (f" {finding.fault}", "bold"),
+                (f" in {wording.subject(finding.component, finding.other)}", ""),
+                (f" from step {finding.since_step}{place}", ""),
+            ),
+        )
+        yield _line(8, wording.visible(finding.message, limit=240))
+        for evidence in finding.evidence[:EVIDENCE]:
+            yield _line(10, wording.observation(evidence), "cyan", mark="- ")
+        if finding.causes and not explained:
+            yield _line(8, f"possible causes: {', '.join(c.cause for c in finding.causes)}")
+        yield from _more(len(finding.evidence) - EVIDENCE, "comparison", indent=10)
+    yield from _more(len(findings) - FINDINGS, "finding")
+
+
+def _repairs(findings: Sequence[tuple[int, Finding]]) -> Iterator[Line]:
+    repairs = wording.suggestions(findings)
+    if not repairs:
+        return
+    yield _line(4, "what to try", "bold")
+    for repair in repairs[:REPAIRS]:
+        yield _line(6, f"{repair.name}: {wording.repair_sentence(repair)}", mark="- ")
+    yield from _more(len(repairs) - REPAIRS, "suggestion")
+
+
+def _checked(checked: Sequence[Checked]) -> Iterator[Line]:
+    yield from _heading("checked and fine")
+    if not checked:
+        yield _line(4, "nothing could be checked")
+        return
+    titles = [wording.visible(rule.title) for rule in checked]
+    more = f"; and {len(titles) - CHECKED} more" if len(titles) > CHECKED else ""
+    yield _line(4, f"{wording.count(len(titles), 'rule')}: {'; '.join(titles[:CHECKED])}{more}")
+
+
+def _unknown(unknown: Sequence[Unknown]) -> Iterator[Line]:
+    if not unknown:
+        return
+    yield from _heading("could not be judged")
+    groups = wording.unknown_by_reason(unknown)
+    for rules, reason in groups[:UNKNOWN]:
+        yield _line(6, f"{rules[:200]}: {reason}", mark="- ")
+    yield from _more(len(groups) - UNKNOWN, "reason")
+
+
+def _cost(cost: Cost) -> Iterator[Line]:
+    yield from _heading("cost")
+    yield _line(4, wording.cost_sentence(cost))
+
+
+def _more(n: int, noun: str, indent: int = 4) -> Iterator[Line]:
+    if n > 0:
+        yield _line(indent, f"and {wording.count(n, f'more {noun}')} in diagnosis.json", "dim")

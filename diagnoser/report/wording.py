@@ -1,0 +1,299 @@
+"""Sentences for the closed vocabularies, and how names and numbers are written for people.
+
+Every label of the vocabulary has one sentence here, shared by the terminal and the HTML page. Names
+come from somebody else's program: `visible` makes each of them harmless to a terminal and a page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+from diagnoser.types import Cost, Diagnosis, Evidence, Finding, RankedCause, Repair, Unknown
+from diagnoser.vocabulary import MODEL
+
+# {of}: " of NAME", {at}: " in NAME", both empty for the whole model.
+CAUSE_SENTENCES: Final[dict[str, str]] = {
+    "learning_rate_too_high": "The learning rate{of} is too high.",
+    "learning_rate_too_low": "The learning rate{of} is too low.",
+    "missing_warmup": "The learning rate{of} starts at its full value, without a warm-up.",
+    "optimizer_misconfigured": "The settings of the optimizer do not suit the training{of}.",
+    "missing_zero_grad": "Gradients{of} are not cleared, so they add up over steps.",
+    "gradient_clipping": "Gradient clipping{at} is missing, or cuts too much.",
+    "excessive_weight_decay": "Weight decay{at} is stronger than the gradient.",
+    "component_not_optimized": "The optimizer does not train {name}.",
+    "insufficient_training": "The training{of} stopped before it had converged.",
+    "attention_scale": "The attention logits{at} are scaled wrongly.",
+    "attention_mask": "The attention mask{at} is missing, inverted or on the wrong axis.",
+    "softmax_axis": "The softmax{at} normalises over the wrong axis.",
+    "positional_encoding": "The positional encoding{at} is missing or wrong.",
+    "attention_wiring": "Queries, keys, values or heads{at} are connected wrongly.",
+    "initialization": "The initial weights{of} are badly scaled.",
+    "normalization": "Normalisation{at} is missing, misplaced or has no effect.",
+    "residual": "A residual connection{at} is missing or badly scaled.",
+    "activation_function": "The activation function{at} blocks the gradient.",
+    "perturbed_parameters": "The weights{of} were changed outside the optimizer.",
+    "loss_function": "The loss does not fit what {name} returns.",
+    "label_noise": "Many training labels are wrong.",
+    "input_scaling": "Inputs or targets{of} are out of scale.",
+    "data_order": "The training data come in an order that hurts.",
+    "train_eval_mode": "{name_first} is in the wrong mode: train() or eval().",
+    "numeric_precision": "The number format{of} is too coarse or overflows.",
+}
+
+# A sentence to act on, and what stands in it for a parameter that a suggestion leaves open.
+REPAIR_SENTENCES: Final[dict[str, tuple[str, dict[str, str]]]] = {
+    "scale_learning_rate": (
+        "Multiply the learning rate{of} by {factor}{own_group}.",
+        {"factor": "a constant"},
+    ),
+    "clip_gradient": (
+        "Clip the gradient norm{of} to {max_norm} before every optimizer step.",
+        {"max_norm": "its usual size"},
+    ),
+    "add_warmup": (
+        "Raise the learning rate{of} linearly from zero over the first {steps} steps.",
+        {"steps": "few hundred"},
+    ),
+    "change_betas": (
+        "Set the optimizer's averaging factors{of} to beta1 = {beta1} and beta2 = {beta2}.",
+        {"beta1": "0.9", "beta2": "0.999"},  # Kingma and Ba 2015, algorithm 1
+    ),
+    "reset_optimizer_state": (
+        "Clear the optimizer's running averages{of}; they remember the disturbance.",
+        {},
+    ),
+    "reinitialize": ("Draw the weights{of} anew from their initial distribution.", {}),
+    "temper_attention": (
+        "Multiply the attention logits{of} by {factor} before the softmax.",
+        {"factor": "a factor below 1"},
+    ),
+    "register_parameters": (
+        "Pass the parameters{of} to the optimizer when it is built.",
+        {},
+    ),
+    "unfreeze": ("Set requires_grad = True on the parameters{of}.", {}),
+    "roll_back": ("Restore the state{of} that was saved before the trouble began.", {}),
+    "zero_gradients": ("Call optimizer.zero_grad() before every backward().", {}),
+    "remove_softmax": (
+        "Pass the logits{of}, not probabilities, to the loss: it applies the softmax itself.",
+        {},
+    ),
+    "fix_attention_mask": (
+        "Leave at least one position visible in every row of the attention mask{of}.",
+        {},
+    ),
+    "change_activation": (
+        "Replace the activation function{at} by {to}.",
+        {"to": "one that passes gradients, for example GELU"},
+    ),
+    "add_normalization": ("Add {kind} {where_}.", {"kind": "layer normalisation"}),
+    "change_optimizer": (
+        "Train {name} with another optimizer: {to}.",
+        {"to": "Adam in place of SGD, or the reverse"},
+    ),
+    "change_batch_size": (
+        "Train with a batch size of {size}.",
+        {"size": "twice or half the present one"},
+    ),
+}
+
+VERDICT_SENTENCES: Final[dict[str, str]] = {
+    "faulty": "something is wrong with this run",
+    "healthy": "nothing is wrong with this run, as far as was measured",
+    "inconclusive": "too little was seen to judge this run",
+}
+
+
+def visible(text: str, limit: int = 60) -> str:
+    r"""Returns ``text`` on one line, with nothing in it that acts on a terminal or turns the text.
+
+    Control and format characters (escape sequences, right-to-left overrides, zero-width joiners),
+    separators other than the plain space, lone surrogates and unassigned code points become
+    escapes; more than ``limit`` characters lose their middle.
+
+    >>> visible("fc\x1b[31m")
+    'fc\\x1b[31m'
+    >>> visible("encoder.layer.attention", limit=15)
+    'encode...ention'
+    """
+    if len(text) > limit:
+        half = (limit - 3) // 2
+        text = f"{text[:half]}...{text[-half:]}"
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Returns ``value`` with three significant digits; NaN and infinities keep their names.
+
+    >>> number(14.23), number(1200), number(3.2e-05), number(1234567.0), number(float("nan"))
+    ('14.2', '1200', '3.2e-5', '1.23e6', 'NaN')
+    """
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "Inf" if value > 0 else "-Inf"
+    if 1 <= abs(value) < 1e6 and abs(value) >= 10 ** (digits - 1):
+        return f"{value:.0f}"  # whole numbers such as steps keep their digits
+    mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
+def total_error(evidence: Evidence) -> float | None:
+    """Returns one standard error of ``observed`` with both sources in it, None where unknown."""
+    known = [error for error in (evidence.std_error, evidence.batch_std_error) if error is not None]
+    return math.hypot(*known) if known else None
+
+
+def observation(evidence: Evidence) -> str:
+    """Returns a line such as ``step_sharpness 14.2 ± 1.3 > 2 over steps 100 to 160``."""
+    error = total_error(evidence)
+    first, last = evidence.steps
+    spread = f" ± {number(error, digits=2)}" if error else ""  # an exact number needs no error
+    steps = f"at step {first}" if first == last else f"over steps {first} to {last}"
+    return (
+        f"{visible(evidence.feature)} {number(evidence.observed)}{spread} "
+        f"{evidence.comparison} {number(evidence.threshold)} {steps}"
+    )
+
+
+def subject(component: str, other: str | None = None) -> str:
+    """Returns the name to print: a component, a pair, or «the model»."""
+    name = "the model" if component == MODEL else visible(component)
+    return name if other is None else f"{name} and {visible(other)}"
+
+
+def cause_sentence(cause: RankedCause) -> str:
+    """Returns what is wrong, in one sentence."""
+    return CAUSE_SENTENCES[cause.cause].format(**_phrases(cause.component))
+
+
+def repair_sentence(repair: Repair) -> str:
+    """Returns what to do, in one sentence with the parameters of the suggestion filled in.
+
+    A parameter that has no place in the sentence is added in brackets.
+    """
+    template, left_open = REPAIR_SENTENCES[repair.name]
+    given = {
+        name: visible(value) if isinstance(value, str) else number(value)
+        for name, value in sorted(repair.parameters.items())
+    }
+    placed = {name: given.get(name, phrase) for name, phrase in left_open.items()}
+    sentence = template.format(**_phrases(repair.component), **placed)
+    extra = [f"{visible(name)} {value}" for name, value in given.items() if name not in left_open]
+    return f"{sentence[:-1]} ({', '.join(extra)})." if extra else sentence
+
+
+def confidence(probability: float | None, n: int | None) -> str:
+    """Returns the measured precision in words, empty while there is none."""
+    if probability is None:
+        return ""
+    share = f"right in {100 * probability:.0f} % of"
+    return f"{share} {n} calibration runs" if n is not None else f"{share} calibration runs"
+
+
+def cost_sentence(cost: Cost) -> str:
+    """Returns what watching took, with the monitoring as a percentage of the training time."""
+    if cost.training_s > 0:
+        percent = 100 * cost.monitoring_s / cost.training_s
+        training, part = f"training {number(cost.training_s)} s", f" ({percent:.1f} % of training)"
+    else:
+        training, part = "training time unknown", ""
+    extent = f"{count(cost.steps, 'step')}, {count(cost.measurements, 'measurement')}"
+    return f"{extent}; {training}, monitoring {number(cost.monitoring_s)} s{part}"
+
+
+def count(n: int, noun: str) -> str:
+    """Returns a number with its noun in the right form.
+
+    >>> count(1, "step"), count(3, "step")
+    ('1 step', '3 steps')
+    """
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def findings_by_cause(
+    diagnosis: Diagnosis,
+) -> list[tuple[RankedCause | None, list[tuple[int, Finding]]]]:
+    """Groups the findings (numbered from 1 in their rank) under the cause that explains them.
+
+    The first of a finding's own causes that is ranked for its component, for a part of it or for
+    the whole it belongs to, explains it; else the first that is ranked for any component: a symptom
+    may show elsewhere. Findings that no ranked cause explains come last, under None; causes that
+    explain no finding best keep an empty list.
+    """
+    groups: dict[int, list[tuple[int, Finding]]] = {k: [] for k in range(len(diagnosis.causes))}
+    unexplained: list[tuple[int, Finding]] = []
+    for position, finding in enumerate(diagnosis.findings, start=1):
+        named = [
+            k
+            for cause in finding.causes
+            for k, ranked in enumerate(diagnosis.causes)
+            if ranked.cause == cause.cause
+        ]
+        near = [k for k in named if _related(diagnosis.causes[k].component, finding)]
+        best = next(iter(near or named), None)
+        (unexplained if best is None else groups[best]).append((position, finding))
+    grouped: list[tuple[RankedCause | None, list[tuple[int, Finding]]]] = [
+        (diagnosis.causes[k], findings) for k, findings in groups.items()
+    ]
+    return [*grouped, (None, unexplained)] if unexplained else grouped
+
+
+def unknown_by_reason(unknown: Sequence[Unknown]) -> list[tuple[str, str]]:
+    """Groups what could not be judged: ``(rules and components, reason)``, each reason once."""
+    rules: dict[str, dict[str, list[str]]] = {}
+    for entry in unknown:
+        missing = ", ".join(visible(name) for name in entry.missing)
+        text = visible(entry.reason, limit=200)
+        reason = f"{text} ({missing} missing)" if missing else text
+        rules.setdefault(reason, {}).setdefault(visible(entry.rule), []).append(entry.component)
+    return [
+        ("; ".join(f"{rule}{_places(names)}" for rule, names in by_rule.items()), reason)
+        for reason, by_rule in rules.items()
+    ]
+
+
+def suggestions(findings: Sequence[tuple[int, Finding]]) -> list[Repair]:
+    """Returns the repairs that the findings suggest, each once, in their ranked order."""
+    repairs: list[Repair] = []
+    for _, finding in findings:
+        repairs += [repair for repair in finding.repairs if repair not in repairs]
+    return repairs
+
+
+def _phrases(component: str) -> dict[str, str]:
+    whole = component == MODEL
+    name = subject(component)
+    return {
+        "name": name,
+        "name_first": name[0].upper() + name[1:] if whole else name,
+        "of": "" if whole else f" of {name}",
+        "at": "" if whole else f" in {name}",
+        "where_": "to the model" if whole else f"to {name}",
+        "own_group": "" if whole else " (give it a parameter group of its own)",
+    }
+
+
+def _related(component: str, finding: Finding) -> bool:
+    """Tells whether a cause in ``component`` is about a finding: same place, part or whole."""
+    places = [place for place in (finding.component, finding.other) if place is not None]
+    return component == MODEL or any(
+        place == component or _inside(place, component) or _inside(component, place)
+        for place in places
+    )
+
+
+def _inside(name: str, prefix: str) -> bool:
+    return name.startswith((f"{prefix}.", f"{prefix}[", f"{prefix}:"))
+
+
+def _places(components: Sequence[str]) -> str:
+    if components[0] == MODEL:
+        return ""
+    more = f" and {len(components) - 1} more" if len(components) > 1 else ""
+    return f" in {visible(components[0])}{more}"

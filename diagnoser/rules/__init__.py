@@ -1,0 +1,19 @@
+"""Rules: text files that say which measurements mean which fault, and their evaluation.
+
+`load_rules` reads and checks them, `evaluate` applies them to feature tables, `check_directory`
+runs the examples inside each file. No torch here: a rule is tested in a millisecond.
+"""
+
+from diagnoser.rules.checking import check_directory
+from diagnoser.rules.engine import Judgement, evaluate
+from diagnoser.rules.loading import load_rules, shipped_rules_directory
+from diagnoser.rules.rule import Rule
+
+__all__ = [
+    "Judgement",
+    "Rule",
+    "check_directory",
+    "evaluate",
+    "load_rules",
+    "shipped_rules_directory",
+]

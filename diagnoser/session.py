@@ -1,0 +1,292 @@
+"""Watching as a context manager: around a loop in code, or around a whole script."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from diagnoser.diagnosis import default_rules, diagnose
+from diagnoser.errors import DiagnoserError, RunLogError, UsageError
+from diagnoser.report import finding_line, write_run
+from diagnoser.runlog import Recording, RunLogWriter
+from diagnoser.types import Diagnosis, Finding
+from diagnoser.vocabulary import severity_rank
+from diagnoser.monitor import Interception, Monitor, Schedule
+
+ANNOUNCING_SHARE = 0.01  # of training time that looking for new findings may take
+
+
+def switched_off() -> bool:
+    """Whether ``DIAGNOSER_OFF`` asks for no watching at all."""
+    return os.environ.get("DIAGNOSER_OFF", "") not in ("", "0")
+
+
+class Watch:
+    """A watch over one training; use it as ``with watch(model, optimizer) as w:``.
+
+    Attributes:
+        directory: The run directory, or None while watching is switched off.
+    """
+
+    def __init__(
+        self,
+        out: Path | str | None = None,
+        *,
+        models: Mapping[str, nn.Module] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        probe: Callable[[], list[Tensor]] | None = None,
+        overhead: float = 0.10,
+        every: int | None = None,
+        rules: Path | str | None = None,
+        name: str = "run",
+        header: Mapping[str, Any] | None = None,
+        announce: Callable[[str], None] | None = None,
+    ) -> None:
+        if not 0.0 <= overhead <= 100.0:
+            raise UsageError(f"overhead={overhead}: a share of training time, 0.10 for 10 %")
+        if every is not None and every < 2:
+            raise UsageError(f"every={every}: a measurement takes two steps; give 2 or more")
+        self.directory: Path | None = None
+        self._off = switched_off()
+        self._announce = announce
+        self._known: set[tuple[str, str, str | None]] = set()
+        self._looked_s, self._looks = 0.0, 0
+        self._process = os.getpid()
+        if self._off:
+            return
+        self._rules = default_rules(None if rules is None else Path(rules))
+        self.directory = (Path(out) if out is not None else new_run_directory(name)).absolute()
+        self._log = RunLogWriter(self.directory, self.directory.name, dict(header or {}))
+        self._schedule = Schedule(overhead=overhead, every=every)
+        self._interception = Interception(self)
+        self._monitor = Monitor(
+            self._log,
+            self._interception.books,
+            self._schedule,
+            models=models,
+            optimizer=optimizer,
+            probe=probe,
+            on_measured=self._look_for_findings,
+        )
+
+    # The interception talks to the watch, which passes on only what its own process does.
+
+    def before_backward(self, root: Any) -> None:
+        """See `interception.Listener`."""
+        if os.getpid() == self._process:
+            self._monitor.before_backward(root)
+
+    def after_backward(self) -> None:
+        """See `interception.Listener`."""
+        if os.getpid() == self._process:
+            self._monitor.after_backward()
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """See `interception.Listener`."""
+        if os.getpid() == self._process:
+            self._monitor.after_step(optimizer)
+
+    def __enter__(self) -> Self:
+        if not self._off:
+            self._interception.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._off or os.getpid() != self._process:
+            return
+        self._interception.__exit__()
+        self.finish(None if kind is None else 1)
+
+    def finish(self, exit_code: int | None) -> None:
+        """Ends the log; nothing is watched afterwards."""
+        if self._off:
+            return
+        if self._monitor.step == 0 and not self._monitor.measurements:
+            self._log.event(0, "nothing_seen", self._why_nothing(), {})
+        self._monitor.finish(exit_code)
+        self._log.close()
+        if self._log.failure is not None:
+            self._say(f"diagnoser: {self._log.failure}")
+
+    def _why_nothing(self) -> str:
+        if any(True for _ in self._interception.books.modules) or self._monitor.subject:
+            return "no training step was seen: torch.autograd.backward was never called to the end"
+        return "no training step was seen: the program built no model"
+
+    @property
+    def log(self) -> Recording:
+        """What was recorded so far.
+
+        Raises:
+            UsageError: Watching is switched off.
+        """
+        if self._off:
+            raise UsageError("DIAGNOSER_OFF is set: nothing was recorded")
+        return self._log.recording()
+
+    def diagnose(self) -> Diagnosis:
+        """Diagnoses what was recorded so far, and writes diagnosis and report beside the log.
+
+        Raises:
+            UsageError: Watching is switched off.
+            DiagnoserError: The run directory cannot be written.
+        """
+        recording = self.log
+        diagnosis = diagnose(recording, self._rules)
+        assert self.directory is not None
+        write_run(diagnosis, recording, self.directory)
+        return diagnosis
+
+    def _look_for_findings(self, step: int) -> None:
+        """Prints findings that are new, as often as a hundredth of training time allows."""
+        if self._announce is None:
+            return
+        if self._looks > 1 and self._looked_s > ANNOUNCING_SHARE * self._schedule.training_s:
+            return
+        start = time.perf_counter()
+        diagnosis = diagnose(self._log.recording(), self._rules)
+        for finding in diagnosis.findings:
+            if severity_rank(finding.severity) >= severity_rank("medium"):
+                self._print_once(finding)
+        self._looked_s += time.perf_counter() - start
+        self._looks += 1
+
+    def _print_once(self, finding: Finding) -> None:
+        key = (finding.source, finding.component, finding.other)
+        if key not in self._known:
+            self._known.add(key)
+            self._say(finding_line(finding))
+
+    def _say(self, line: str) -> None:
+        if self._announce is not None:
+            self._announce(line)
+
+
+def new_run_directory(name: str) -> Path:
+    """Returns a directory for a run that does not exist yet, under ``diagnoser-runs/``."""
+    stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
+    first = Path("diagnoser-runs") / f"{name}-{stamp}"
+    path, count = first, 2
+    while path.exists():
+        path, count = first.with_name(f"{first.name}-{count}"), count + 1
+    return path
+
+
+def to_stderr() -> Callable[[str], None]:
+    """Returns a function that prints a line to the present stderr, whatever replaces it later."""
+    stream = sys.stderr
+
+    def announce(line: str) -> None:
+        try:
+            print(line, file=stream, flush=True)
+        except (OSError, ValueError):  # a closed stream is no reason to stop
+            return
+
+    return announce
+
+
+def watch(
+    model: nn.Module | Mapping[str, nn.Module] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    probe: Any = None,
+    out: Path | str | None = None,
+    overhead: float = 0.10,
+    every: int | None = None,
+    rules: Path | str | None = None,
+    verbose: bool = True,
+) -> Watch:
+    """Watches a training loop that does not change.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> directory = getfixture("tmp_path") / "run"
+    >>> with watch(model, optimizer, out=directory) as w:
+    ...     for _ in range(30):
+    ...         optimizer.zero_grad()
+    ...         loss = (model(torch.ones(4, 2)) - 1).square().mean()
+    ...         loss.backward()
+    ...         optimizer.step()
+    >>> w.diagnose().verdict
+    'healthy'
+
+    Args:
+        model: The module that is trained, or several by name; found by itself if left out.
+        optimizer: Its optimizer; found by itself if left out.
+        loss_fn: With ``probe``: ``loss_fn(model, batch)`` gives the scalar loss of a batch.
+        probe: A fixed batch that curvature is measured on (modules in eval mode) instead of the
+            training's own; a list of batches gives ``batch_std_error``, too.
+        out: The run directory; a new one under ``diagnoser-runs/`` if left out.
+        overhead: Share of training time that measuring may take. Eight curvature measurements are
+            made in any run of 200 steps even where that exceeds it; the log then says so.
+        every: Measure everything each that many steps, whatever it costs.
+        rules: A directory of rules, or the name of a shipped family.
+        verbose: Print findings to stderr as they appear.
+
+    Raises:
+        UsageError: Arguments that do not fit together.
+        RuleError: A rule file that cannot be used.
+        RunLogError: The run directory cannot be written.
+    """
+    models = {"model": model} if isinstance(model, nn.Module) else model
+    if (loss_fn is None) != (probe is None):
+        raise UsageError("loss_fn= and probe= go together: loss_fn(model, batch) on a fixed batch")
+    losses = None
+    if loss_fn is not None:
+        if models is None or len(models) != 1:
+            raise UsageError("probe= needs exactly one model: pass it as the first argument")
+        losses = _probe(next(iter(models.values())), loss_fn, probe)
+    return Watch(
+        out,
+        models=models,
+        optimizer=optimizer,
+        probe=losses,
+        overhead=overhead,
+        every=every,
+        rules=rules,
+        announce=to_stderr() if verbose else None,
+    )
+
+
+def _probe(
+    model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], probe: Any
+) -> Callable[[], list[Tensor]]:
+    batches = probe if isinstance(probe, list) else [probe]
+
+    def losses() -> list[Tensor]:
+        with _evaluating(model):
+            return [loss_fn(model, batch) for batch in batches]
+
+    return losses
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+__all__ = ["DiagnoserError", "RunLogError", "Watch", "switched_off", "to_stderr", "watch"]

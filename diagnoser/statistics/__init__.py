@@ -1,0 +1,20 @@
+"""Cheap statistics of a training step: gradients, updates, and what the autograd graph shows.
+
+Everything here only reads. Per-component numbers are taken with one fused call a kind of statistic
+and one read-out, so that a device is synchronised once a measurement.
+"""
+
+from diagnoser.statistics.graph import AttentionStatistics, GraphReading, LossReading, read_graph
+from diagnoser.statistics.norms import PartList, cosines, inner_products, nonzero_shares, norms
+
+__all__ = [
+    "AttentionStatistics",
+    "GraphReading",
+    "LossReading",
+    "PartList",
+    "cosines",
+    "inner_products",
+    "nonzero_shares",
+    "norms",
+    "read_graph",
+]
