@@ -18,7 +18,10 @@ $(VENV)/.stamp-test: $(VENV)/.stamp-base
 	touch $@
 
 demo: $(VENV)/.stamp-base
-	$(BIN)/python -m cases.han.demo
+	@echo '--- a hierarchical attention network on BBC News, as it should be'
+	$(BIN)/diagnoser case run han
+	@echo '--- the same with a learning rate 100 times too high on its word attention'
+	$(BIN)/diagnoser case run han --fault word-attention-learning-rate
 
 test: $(VENV)/.stamp-test
 	$(BIN)/ruff format --check .

@@ -49,25 +49,59 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs an unmodified PyTorch training script with the monitor on it. Options of "
         "diagnoser stand before SCRIPT; everything after it belongs to the script.",
     )
-    run.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: a new one under diagnoser-runs/)")
-    run.add_argument("--overhead", type=float, default=0.10, metavar="SHARE", help="share of training time for measuring (default 0.10)")
-    run.add_argument("--every", type=int, metavar="N", help="measure everything each N steps, whatever it costs")
-    run.add_argument("--rules", type=Path, metavar="DIR", help="directory of rule files, or a shipped family (diagnoser, autotrainer)")
-    run.add_argument("--exit-verdict", action="store_true", help="exit with 1 if faulty, 3 if inconclusive, when the script itself succeeded")
+    run.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="run directory (default: a new one under diagnoser-runs/)",
+    )
+    run.add_argument(
+        "--overhead",
+        type=float,
+        default=0.10,
+        metavar="SHARE",
+        help="share of training time for measuring (default 0.10)",
+    )
+    run.add_argument(
+        "--every", type=int, metavar="N", help="measure everything each N steps, whatever it costs"
+    )
+    run.add_argument(
+        "--rules",
+        type=Path,
+        metavar="DIR",
+        help="directory of rule files, or a shipped family (diagnoser, autotrainer)",
+    )
+    run.add_argument(
+        "--exit-verdict",
+        action="store_true",
+        help="exit with 1 if faulty, 3 if inconclusive, when the script itself succeeded",
+    )
     run.add_argument("script", type=Path, metavar="SCRIPT")
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARG")
     run.set_defaults(command=_run)
 
     diagnose = commands.add_parser("diagnose", help="diagnose a recorded run again, without torch")
     diagnose.add_argument("run", type=Path, metavar="RUN")
-    diagnose.add_argument("--rules", type=Path, metavar="DIR", help="directory of rule files, or a shipped family")
-    diagnose.add_argument("--json", action="store_true", help="print diagnosis.json instead of text")
+    diagnose.add_argument(
+        "--rules", type=Path, metavar="DIR", help="directory of rule files, or a shipped family"
+    )
+    diagnose.add_argument(
+        "--json", action="store_true", help="print diagnosis.json instead of text"
+    )
     diagnose.set_defaults(command=_diagnose)
 
     report = commands.add_parser("report", help="write a recorded run as one HTML page")
     report.add_argument("run", type=Path, metavar="RUN")
-    report.add_argument("-o", dest="file", type=Path, metavar="FILE.html", help="default: report.html in the run directory")
-    report.add_argument("--rules", type=Path, metavar="DIR", help="directory of rule files, or a shipped family")
+    report.add_argument(
+        "-o",
+        dest="file",
+        type=Path,
+        metavar="FILE.html",
+        help="default: report.html in the run directory",
+    )
+    report.add_argument(
+        "--rules", type=Path, metavar="DIR", help="directory of rule files, or a shipped family"
+    )
     report.set_defaults(command=_report)
 
     rules = commands.add_parser("rules", help="list, show or check rules")
@@ -77,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     show = actions.add_parser("show", help="one rule's file")
     show.add_argument("id", metavar="ID")
     show.set_defaults(command=_rules_show)
-    check = actions.add_parser("check", help="load a directory of rules and run the examples in each file")
+    check = actions.add_parser(
+        "check", help="load a directory of rules and run the examples in each file"
+    )
     check.add_argument("directory", type=Path, metavar="DIR")
     check.set_defaults(command=_rules_check)
 
@@ -87,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     case_list.set_defaults(command=_case_list)
     case_run = case_actions.add_parser("run", help="run a case under the monitor")
     case_run.add_argument("name", metavar="NAME")
-    case_run.add_argument("--fault", metavar="FAULT", help="one of the case's faults (default: healthy)")
+    case_run.add_argument(
+        "--fault", metavar="FAULT", help="one of the case's faults (default: healthy)"
+    )
     case_run.add_argument("--out", type=Path, metavar="DIR")
     case_run.add_argument("--exit-verdict", action="store_true")
     case_run.set_defaults(command=_case_run)
@@ -120,7 +158,7 @@ def _end_of_run(outcome: object, *, exit_verdict: bool) -> int:
     if outcome.diagnosis is None:
         return outcome.exit_code
     print_diagnosis(outcome.diagnosis, Console(file=sys.__stderr__))
-    print(f"diagnoser: run directory {outcome.directory}", file=sys.__stderr__)
+    print(f"diagnoser: report {outcome.directory}/report.html", file=sys.__stderr__)
     if outcome.exit_code != 0 or not exit_verdict:
         return outcome.exit_code
     return VERDICT_CODE[outcome.diagnosis.verdict]
@@ -172,7 +210,9 @@ def _rules_show(arguments: argparse.Namespace) -> int:
     from diagnoser.errors import UsageError
 
     wanted = arguments.id.rpartition("/")[2]
-    rules = [rule for family in ("diagnoser", "autotrainer") for rule in default_rules(Path(family))]
+    rules = [
+        rule for family in ("diagnoser", "autotrainer") for rule in default_rules(Path(family))
+    ]
     for rule in rules:
         if rule.id == wanted:
             print(rule.path.read_text(encoding="utf-8"), end="")
@@ -192,7 +232,9 @@ def _rules_check(arguments: argparse.Namespace) -> int:
     for problem in problems:
         print(f"diagnoser: {problem}", file=sys.stderr)
     if not problems:
-        print(f"{arguments.directory}: every rule loads, its examples hold, no clause is decoration")
+        print(
+            f"{arguments.directory}: every rule loads, its examples hold, no clause is decoration"
+        )
     return USAGE if problems else 0
 
 

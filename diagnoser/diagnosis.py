@@ -56,7 +56,8 @@ def diagnose(recording: Recording, rules: Sequence[Rule]) -> Diagnosis:
     the severity of the findings that name them and how high they rank there, then by time.
     """
     judgement = evaluate(rules, feature_tables(recording))
-    explained = _explain(judgement.findings, {rule.id: rule for rule in rules})
+    found = _whole_layers(judgement.findings, recording)
+    explained = _explain(found, {rule.id: rule for rule in rules})
     causes = _ranked(explained)
     position = {(cause.cause, cause.component): i for i, cause in enumerate(causes)}
     findings = tuple(
@@ -98,6 +99,44 @@ class _Explained:
     is_symptom: bool = False
 
 
+def _whole_layers(findings: Sequence[Finding], recording: Recording) -> list[Finding]:
+    """Makes one finding of those that a rule has on every component of a layer, named after it."""
+    members: dict[str, list[str]] = {}
+    for component in recording.components:
+        if component.layer != component.name:
+            members.setdefault(component.layer, []).append(component.name)
+    by_place = {(f.source, f.component): f for f in findings if f.other is None}
+    merged: dict[tuple[str, str], Finding] = {}
+    swallowed: set[tuple[str, str]] = set()
+    for layer, names in members.items():
+        if len(names) < 2:
+            continue
+        for source in dict.fromkeys(f.source for f in findings):
+            here = [by_place.get((source, name)) for name in names]
+            if any(f is None for f in here):
+                continue
+            own = [f for f in here if f is not None]
+            first = min(own, key=lambda f: (-severity_rank(f.severity), f.since_step))
+            swallowed |= {(source, f.component) for f in own}
+            merged[source, first.component] = dataclasses.replace(
+                first,
+                component=layer,
+                message=first.message.replace(first.component, layer),
+                repairs=tuple(
+                    dataclasses.replace(r, component=layer) if r.component == first.component else r
+                    for r in first.repairs
+                ),
+            )
+    result = []
+    for finding in findings:
+        key = (finding.source, finding.component)
+        if finding.other is not None or key not in swallowed:
+            result.append(finding)
+        elif key in merged:
+            result.append(merged[key])
+    return result
+
+
 def _rule_id(finding: Finding) -> str:
     return finding.source.partition(":")[2]
 
@@ -127,20 +166,21 @@ def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Ex
                 symptoms.setdefault(id(symptom), cause)
     result = []
     for finding in findings:
-        cause = symptoms.get(id(finding))
-        if cause is None:
+        explaining = symptoms.get(id(finding))
+        if explaining is None:
             result.append(_Explained(finding, (finding.causes[0].cause, finding.component)))
             continue
-        first = cause.causes[0].cause
+        first = explaining.causes[0].cause
         rest = (c for c in finding.causes if c.cause != first)
-        finding = dataclasses.replace(finding, causes=(Cause(first), *rest))
-        result.append(_Explained(finding, (first, cause.component), is_symptom=True))
+        symptom = dataclasses.replace(finding, causes=(Cause(first), *rest))
+        result.append(_Explained(symptom, (first, explaining.component), is_symptom=True))
     return result
 
 
 def _related(cause: Finding, symptom: Finding) -> bool:
     a, b = cause.component, symptom.component
-    return MODEL in (a, b) or a == b or _inside(a, b) or _inside(b, a)
+    replaced = ":" in b and ":" not in a  # a stale module, see monitor.subject.find_models
+    return MODEL in (a, b) or a == b or _inside(a, b) or _inside(b, a) or replaced
 
 
 def _inside(name: str, prefix: str) -> bool:
@@ -218,4 +258,7 @@ def _verdict(findings: Sequence[Finding], recording: Recording) -> tuple[str, st
         )
     if not np.isfinite(recording.losses.value).any():
         return "inconclusive", "no finite loss was seen"
-    return "healthy", f"nothing of severity medium or more in {samples} measurements of {steps} steps"
+    return (
+        "healthy",
+        f"nothing of severity medium or more in {samples} measurements of {steps} steps",
+    )

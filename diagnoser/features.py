@@ -46,7 +46,8 @@ class Source:
 
     def _chosen(self, quantity: str) -> NDArray[np.bool_]:
         rows = self.recording.measurements
-        return rows.quantity == self._quantity.get(quantity, -1)
+        chosen: NDArray[np.bool_] = rows.quantity == self._quantity.get(quantity, -1)
+        return chosen
 
     def _fill(self, shape: int, row: NDArray[np.int64], chosen: NDArray[np.bool_]) -> Column:
         rows = self.recording.measurements
@@ -101,7 +102,9 @@ class Source:
 
     # -- the loss curve at measured steps ---------------------------------------------------------
 
-    def _windows(self, curve: Array, step: NDArray[np.int64], function: Callable[[Array], float]) -> Array:
+    def _windows(
+        self, curve: Array, step: NDArray[np.int64], function: Callable[[Array], float]
+    ) -> Array:
         result = np.full((1, len(self.steps)), np.nan)
         for i, at in enumerate(self.steps):
             width = max(LOSS_WINDOW, int(at) // 10)
@@ -211,9 +214,7 @@ def _siblings(source: Source, values: Array) -> Array:
     kinds = [source.kinds[name] for name in source.names]
     layers = [source.layers[name] for name in source.names]
     for i in range(len(kinds)):
-        others = [
-            j for j in range(len(kinds)) if kinds[j] == kinds[i] and layers[j] != layers[i]
-        ]
+        others = [j for j in range(len(kinds)) if kinds[j] == kinds[i] and layers[j] != layers[i]]
         if others:
             known = np.where(np.isnan(values[others]), -np.inf, values[others]).max(axis=0)
             result[i] = np.where(np.isfinite(known), known, np.nan)

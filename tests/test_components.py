@@ -348,6 +348,16 @@ def test_additive_attention_in_a_sequential():
     }
 
 
+def test_linear_that_is_itself_the_attention():
+    model = nn.ModuleDict({"attn": nn.Linear(4, 3), "attn_score": nn.Linear(4, 1)})
+    assert kinds_of(model) == {"attn": "attention_projection", "attn_score": "attention_context"}
+
+
+def test_embedding_called_attention_is_an_embedding():
+    model = nn.ModuleDict({"relative_attention_bias": nn.Embedding(3, 2)})
+    assert kinds_of(model) == {"relative_attention_bias": "embedding"}
+
+
 def test_feed_forward_inside_a_block_called_attention():
     kinds = kinds_of(attention(qkv=nn.Linear(4, 12), mlp=nn.Sequential(nn.Linear(4, 4))))
     assert kinds["0.attn.mlp.0"] == "feed_forward"

@@ -106,6 +106,8 @@ def test_chunks_give_the_mean_and_its_spread(subject):
     spread = statistics.stdev(each[:, i, j].tolist()) / math.sqrt(3)
     assert found.values[i][j].batch_std_error == pytest.approx(spread)
     assert found.values[i][j].samples == 3
+    share = each.mean(0)[i, j] / each.mean(0).abs().sum()
+    assert found.shares[i][j].value == pytest.approx(float(share))
     rows = row_curvature(hessian, direction, COMPONENTS)
     spread = statistics.stdev(each.sum((1, 2)).tolist()) / math.sqrt(3)
     assert rows.total.batch_std_error == pytest.approx(spread)

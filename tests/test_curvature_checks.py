@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import math
 import sys
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from curvature_subjects import (
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from diagnoser.curvature import (
     Hessian,
@@ -122,6 +125,13 @@ def test_tensors_kept_on_the_context_are_found_by_finite_differences_only():
     assert unverified_nodes(loss()) == [f"{__name__}.CubeOnContext"]
 
 
+def test_torchs_own_functions_are_not_reported():
+    a = torch.ones(2, requires_grad=True)
+    loss = checkpoint(torch.sin, a, use_reentrant=True).sum()
+    assert "CheckpointFunction" in loss.grad_fn.next_functions[0][0].name()
+    assert unreliable_nodes(loss) == unverified_nodes(loss) == []
+
+
 class Skewed(torch.autograd.Function):
     """A second derivative that is not symmetric: a mask drawn anew in every backward."""
 
@@ -221,6 +231,22 @@ def test_pyhessians_own_stop_rule_ends_a_negative_trace_after_two_probes():
     fixed = pyhessian_trace(model, lambda m, _: m(), None, max_probes=100, tolerance=None)
     assert fixed.samples == 100
     assert abs(fixed.value + 5.72) < 4 * fixed.std_error
+
+
+def test_pyhessians_copy_of_the_model_dies_without_garbage_collection():
+    copies = []
+
+    def loss(model, data):
+        copies.append(weakref.ref(model))
+        return probe_loss(model, data)
+
+    gc.disable()
+    try:
+        pyhessian_trace(build(TinyTransformer), loss, batch(), max_probes=3)
+        assert copies
+        assert all(copy() is None for copy in copies)
+    finally:
+        gc.enable()
 
 
 def test_pyhessian_refusals_are_one_line(monkeypatch):

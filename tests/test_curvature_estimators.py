@@ -114,6 +114,11 @@ def test_the_requested_relative_error_is_reached_or_the_cap():
     found = hutchinson_trace(quadratic(A), BLOCK, seeded(0), max_products=119, relative_error=0.02)
     assert found.samples < 119
     assert found.std_error <= 0.02 * found.value
+    # Where the trace is zero, its share of the Frobenius norm decides, not its share of itself.
+    zero = hutchinson_trace(
+        quadratic(symmetric(120, 4, trace=0.0)), BLOCK, seeded(0), relative_error=0.5
+    )
+    assert zero.samples < 20
     capped = hutchinson_trace(
         quadratic(symmetric(120, 4, trace=0.0)), BLOCK, seeded(0), max_products=20, floor=1e-6
     )
@@ -200,6 +205,22 @@ def test_both_ends_of_every_block_of_a_transformer_and_a_han():
             assert ends.products <= 16
 
 
+def test_the_defaults_do_not_stop_at_the_wrong_end():
+    # With little of the end's vector in the start, an early stop takes the next one for the end.
+    model = build(TinyTransformer)
+    parameters = dict(model.named_parameters())
+    H = dense_math(model, parameters)
+    for c in transformer_components():
+        at = positions(c.parts, parameters)
+        A = H[at][:, at]
+        exact = torch.linalg.eigvalsh(A)
+        for seed in range(20):
+            ends = extreme_eigenvalues(A.__matmul__, len(A), seeded(seed), dtype=torch.float64)
+            allowed = 0.05 * float(exact.abs().max()) + 1e-12
+            assert ends.lambda_max.value == pytest.approx(float(exact[-1]), abs=allowed)
+            assert ends.lambda_min.value == pytest.approx(float(exact[0]), abs=allowed)
+
+
 def test_the_ritz_vector_attains_its_value():
     A = symmetric(80, seed=7)
     ends = extreme_eigenvalues(
@@ -264,6 +285,16 @@ def test_an_end_in_another_invariant_subspace_is_not_missed():
     assert ends.products < 10
 
 
+def test_an_end_that_a_warm_start_knows_nothing_of_is_found():
+    D = torch.cat([torch.linspace(-1.0, 1.0, 40), torch.tensor([7.0])]).double()
+    start = torch.ones(41, dtype=torch.float64)
+    start[40] = 0.0
+    ends = extreme_eigenvalues(
+        lambda v: D * v, 41, seeded(0), max_steps=30, start=start, dtype=torch.float64
+    )
+    assert ends.lambda_max.value == pytest.approx(7.0)
+
+
 def test_a_warm_start_saves_products():
     A = rotated([30.0, -20.0] + [math.sin(k) for k in range(98)], seed=9)
     B = A + 0.02 * symmetric(100, seed=10)
@@ -283,6 +314,11 @@ def test_largest_magnitudes_come_first_with_their_sign():
         lambda v: A @ v, 43, seeded(0), count=3, tolerance=1e-4, dtype=torch.float64
     )
     assert [e.value for e in found] == pytest.approx([-9.0, 8.0, -6.0], rel=1e-4)
+    many = largest_eigenvalues(
+        lambda v: A @ v, 43, seeded(0), count=10, tolerance=1.0, dtype=torch.float64
+    )
+    assert len(many) == 10
+    assert [abs(e.value) for e in many] == sorted((abs(e.value) for e in many), reverse=True)
 
 
 def test_a_preconditioned_operator_has_the_spectrum_of_the_scaled_matrix():

@@ -87,6 +87,13 @@ def test_lower_precision_is_accurate_to_its_rounding(dtype, tolerance):
         assert (a.double() - b).norm() < tolerance * b.norm()
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_a_row_that_sees_nothing_makes_no_nan_on_the_way():
+    with torch.autograd.detect_anomaly():
+        _, _, products = second(tensors(), {"attn_mask": blind_row_mask()}, fused=True)
+    assert all(p.isfinite().all() for p in products)
+
+
 @pytest.mark.parametrize(("arguments", "key_heads"), VARIANTS)
 def test_a_users_backward_keeps_its_bits_inside_and_after(arguments, key_heads):
     def users_gradients():

@@ -219,6 +219,27 @@ def test_autocast_graphs_are_measured_and_say_their_precision():
     assert Hessian(loss_of(model), dict(model.named_parameters())).dtype == "float32"
 
 
+def test_products_do_not_depend_on_an_autocast_they_are_taken_in():
+    model = build(TinyTransformer, torch.float32)
+    parameters = dict(model.named_parameters())
+    v = random_vector(parameters, 11)
+    outside = Hessian(loss_of(model), parameters).product(v)
+    loss = loss_of(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = Hessian(loss, parameters).product(v)
+    assert all(torch.equal(outside[n], inside[n]) for n in parameters)
+
+
+def test_the_gradient_is_the_users_own_and_detached():
+    model = build(TinyTransformer)
+    parameters = dict(model.named_parameters())
+    found = Hessian(loss_of(model), parameters).gradient
+    loss_of(model).backward()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(found[name], parameter.grad)
+        assert not found[name].requires_grad
+
+
 def test_what_cannot_be_measured_is_said_in_one_line():
     weight = nn.Parameter(torch.ones(2))
     parameters = {"weight": weight}

@@ -16,18 +16,18 @@ ROOT = Path(diagnoser.__file__).parent
 
 ROWS = (
     {"vocabulary", "types", "table", "errors"},
-    {"features", "runlog", "components"},
-    {"rules", "classifier", "curvature", "statistics", "checks"},
-    {"diagnosis", "report", "watch", "repair", "injection"},
-    {"repair_loop", "launch"},
-    {"integrations", "benchmark"},
+    {"runlog", "components", "cases"},
+    {"features", "rules", "classifier", "curvature", "statistics", "checks"},
+    {"diagnosis", "report", "monitor", "repair", "injection"},
+    {"session", "repair_loop"},
+    {"launch", "integrations", "benchmark"},
     {"cli"},
 )
 ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 
 # What is right of the run log works on a laptop without torch.
 WITHOUT_TORCH = {"vocabulary", "types", "table", "errors", "features", "runlog"}
-WITHOUT_TORCH |= {"rules", "classifier", "diagnosis", "report"}
+WITHOUT_TORCH |= {"rules", "classifier", "diagnosis", "report", "cases"}
 HEAVY = {"torch", "transformers"}
 NOT_FOR_A_DIAGNOSIS = HEAVY | {"pandas", "sklearn"}
 
@@ -91,7 +91,7 @@ def test_every_import_leads_to_a_row_below():
         ),
         ("rules/load.py", "from ..cli import main", "rules/load.py:1: rules imports cli"),
         ("runlog.py", "from diagnoser import features", "runlog.py:1: runlog imports features"),
-        ("watch.py", "import diagnoser.report.html", "watch.py:1: watch imports report"),
+        ("monitor.py", "import diagnoser.report.html", "monitor.py:1: monitor imports report"),
         ("helpers.py", "", "helpers.py: helpers is in no row of the table"),
         ("rules/load.py", "from . import lexer\nfrom ..types import Finding", None),
         ("cli.py", "import torch\nfrom diagnoser.launch import launch", None),

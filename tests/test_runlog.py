@@ -483,6 +483,16 @@ def test_memory_stays_bounded_on_a_full_disk_and_what_is_lost_is_counted(
     assert len(kept) + writer.lost_records in (100, 101)  # the loss may have been one of them
 
 
+def test_a_record_larger_than_what_may_wait_is_written_while_the_disk_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diagnoser.runlog.writer.UNWRITTEN_BYTES", 1000)
+    with RunLogWriter(tmp_path, "run", {}) as writer:
+        writer.measurement(1, [measured(1)] * 100, 0.1)
+    assert len(read_run(tmp_path).measurements.step) == 100
+    assert writer.lost_records == 0
+
+
 def test_a_log_deleted_under_the_writer_is_a_failure_and_the_first_failure_stays(
     tmp_path: Path,
 ) -> None:

@@ -12,7 +12,7 @@ column a component).
 The often used ratio :math:`M_{ij} / \sqrt{|M_{ii}| |M_{jj}|}` looks like a correlation but is none:
 that it stays within [-1, 1] is the Cauchy-Schwarz inequality, which holds for positive semidefinite
 *H* only. With :math:`M_{ii}` near zero, as at the boundary between convex and concave, it grows
-without limit. `shares` is bounded for every *H*.
+without limit. `Coupling.shares` is bounded for every *H*.
 """
 
 from __future__ import annotations

@@ -127,7 +127,6 @@ def _hessian(
     device = next(model.parameters()).device
     cuda = [device] if device.type == "cuda" else []
     twin = _Loss(copy.deepcopy(model), loss_fn, batch).eval()
-    twin.zero_grad(set_to_none=True)
     with torch.random.fork_rng(cuda), torch.enable_grad(), warnings.catch_warnings():
         # A gradient with a graph makes a reference cycle, says torch; the copy is dropped anyway.
         warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True")

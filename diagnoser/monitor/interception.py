@@ -53,7 +53,7 @@ class References(Generic[T]):
         """Remembers ``item`` until it dies."""
         key = id(item)
         try:
-            reference = weakref.ref(item, lambda _, key=key: self._references.pop(key, None))
+            reference = weakref.ref(item, lambda _: self._references.pop(key, None))
         except TypeError:  # a class with __slots__ and no __weakref__
             return
         self._references.setdefault(key, reference)
@@ -172,7 +172,9 @@ class Interception:
         self._replace(scaler, "scale", scale)
 
 
-def user_place(skip: tuple[str, ...] = ("torch", "diagnoser", "contextlib", "functools")) -> Where | None:
+def user_place(
+    skip: tuple[str, ...] = ("torch", "diagnoser", "contextlib", "functools"),
+) -> Where | None:
     """The innermost frame of the running call that belongs to the user's own program."""
     frame = sys._getframe(1)
     while frame is not None:

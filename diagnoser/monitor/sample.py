@@ -104,7 +104,8 @@ class Sample:
         bad = np.array([not np.isfinite(s) for s in size]) & ~np.isnan(finite)
         has_gradient = self.subject.shares({n: True for n in gradients}) > 0
         self.components(
-            "non_finite_gradient", np.where(has_gradient, (bad | np.isnan(size)).astype(float), np.nan)
+            "non_finite_gradient",
+            np.where(has_gradient, (bad | np.isnan(size)).astype(float), np.nan),
         )
         if keep:
             self.gradient = {n: g.detach().clone() for n, g in gradients.items()}
@@ -156,7 +157,9 @@ class Sample:
                 continue
             known = rule.second_moment > rule.eps**2
             counts[name] = known.float()
-            square = gradient.detach().to_dense() ** 2 if gradient.is_sparse else gradient.detach() ** 2
+            square = (
+                gradient.detach().to_dense() ** 2 if gradient.is_sparse else gradient.detach() ** 2
+            )
             ratios[name] = torch.where(known, square / rule.second_moment, 0.0)
         if not ratios:
             return np.full(len(self.subject.components), np.nan)
@@ -331,4 +334,3 @@ class Sample:
 
 
 _GRADIENT_QUANTITIES = {"reached", "gradient_norm", "zero_share", "non_finite_gradient"}
-

@@ -75,8 +75,12 @@ class Schedule:
         self._turn += 1
         return self._sample(
             step,
-            Plan(follow=True, curvature=True, spectrum=turn == "spectrum",
-                 interaction=turn == "interaction"),  # fmt: skip
+            Plan(
+                follow=True,
+                curvature=True,
+                spectrum=turn == "spectrum",
+                interaction=turn == "interaction",
+            ),  # fmt: skip
         )
 
     def _sample(self, step: int, second: Plan) -> Plan:

@@ -104,7 +104,9 @@ class Subject:
         """The largest value among a component's parameters; NaN where there is none."""
         result = np.full(len(self.components), np.nan)
         for i, component in enumerate(self.components):
-            values = [by_parameter[p.parameter] for p in component.parts if p.parameter in by_parameter]
+            values = [
+                by_parameter[p.parameter] for p in component.parts if p.parameter in by_parameter
+            ]
             if values:
                 result[i] = max(values)
         return result

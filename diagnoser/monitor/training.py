@@ -79,8 +79,8 @@ class Monitor:
         self._sample: Sample | None = None
         self._backwards = 0
         self._last_backwards = 1
-        self._loss = torch.tensor(math.nan)
-        self._waiting: list[tuple[int, Tensor, float]] = []
+        self._loss: float | Tensor = math.nan
+        self._waiting: list[tuple[int, float | Tensor, float]] = []
         self._right = self._counted = 0
         self._steps_of: dict[int, int] = {}
         self._announced_non_finite = False
@@ -145,7 +145,7 @@ class Monitor:
         self.schedule.steps = self.step
         self.schedule.training_s = max(now - self._started - self._spent, 0.0)
         self._plan = self.schedule.plan(self.step)
-        self._loss, self._right, self._counted = torch.tensor(math.nan), 0, 0
+        self._loss, self._right, self._counted = math.nan, 0, 0
 
     def _end_step(self) -> None:
         sample = self._sample
@@ -153,7 +153,7 @@ class Monitor:
             self._read_update((), note_left=False)  # parameters changed by hand
         accuracy = self._right / self._counted if self._counted else math.nan
         self._waiting.append((self.step, self._loss, accuracy))
-        if self._plan or self._loss.device.type == "cpu":
+        if self._plan or isinstance(self._loss, float):
             self._write_losses()
         if sample is not None and self._plan.follow:
             self._write(sample)
@@ -200,30 +200,36 @@ class Monitor:
 
     def _note_loss(self, loss: Tensor) -> None:
         """Adds this backward's loss to the step's; reading it on a device waits for a sample."""
-        value = loss.detach() / loss_scale(loss)
+        scale = loss_scale(loss)
+        value = loss.item() / scale if loss.device.type == "cpu" else loss.detach() / scale
         self._loss = value if self._backwards == 1 else self._loss + value
-        self._count_right(loss)
-        if loss.device.type == "cpu" and not self._announced_non_finite and not value.isfinite():
-            self._announced_non_finite = True
-            self._look_at_non_finite(loss)
+        if isinstance(value, float):
+            self._count_right(loss)
+            if not math.isfinite(value) and not self._announced_non_finite:
+                self._announced_non_finite = True
+                self._look_at_non_finite(loss)
 
     def _write_losses(self) -> None:
         waiting, self._waiting = self._waiting, []
-        if waiting:
-            values = torch.stack([loss.double().cpu() for _, loss, _ in waiting]).tolist()
-            for (step, _, accuracy), value in zip(waiting, values, strict=True):
-                self.log.loss(step, value, accuracy)
+        if any(isinstance(loss, Tensor) for _, loss, _ in waiting):
+            values = torch.stack([torch.as_tensor(loss).double() for _, loss, _ in waiting])
+            waiting = [
+                (step, value, accuracy)
+                for (step, _, accuracy), value in zip(waiting, values.tolist(), strict=True)
+            ]
+        for step, loss, accuracy in waiting:
+            self.log.loss(step, float(loss), accuracy)
 
     def _count_right(self, loss: Tensor) -> None:
         """Adds up the accuracy of a cross-entropy that is the loss itself: no walk, no wait."""
-        node = loss.grad_fn
-        if node is None or not node.name().startswith("NllLoss") or loss.device.type != "cpu":
+        node: Any = loss.grad_fn
+        if node is None or node.name() != "NllLossBackward0":
             return
-        scores, target = node._saved_self, node._saved_target  # type: ignore[attr-defined]
+        scores, target = node._saved_self, node._saved_target
         if scores.ndim != 2 or scores.numel() > LARGE_SCORES:
             return
         with torch.no_grad():
-            counted = target != node._saved_ignore_index  # type: ignore[attr-defined]
+            counted = target != node._saved_ignore_index
             self._right += int(((scores.argmax(dim=1) == target) & counted).sum())
             self._counted += int(counted.sum())
 
@@ -247,7 +253,7 @@ class Monitor:
         if self._sample is None:
             return
         self._check_left_gradients(self._sample)
-        if plan.curvature and self._sample.update and bool(self._loss.isfinite()):
+        if plan.curvature and self._sample.update and math.isfinite(float(self._loss)):
             self._measure_curvature(self._sample, loss)
 
     def _measure_curvature(self, sample: Sample, loss: Tensor) -> None:
@@ -344,9 +350,7 @@ class Monitor:
         if self._models is not None:
             models, free = dict(self._models), list[Tensor]()
         else:
-            models, free = find_models(
-                self._books.modules, parameters, list(self._optimizers())
-            )
+            models, free = find_models(self._books.modules, parameters, list(self._optimizers()))
         self.subject = Subject(models, free)
         self.log.components(self.step, (*self.subject.components, *self.subject.layers), {})
         self._place = user_place()

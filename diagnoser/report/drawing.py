@@ -48,6 +48,7 @@ SPECIAL: Final[dict[int, tuple[str, Colour]]] = {
     MISSING: ("not measured", (0, 0, 0)),  # transparent: the page's hatching shows through
 }
 
+EXTREME: Final = 1e100  # scales end there, and begin at its inverse: nothing over- or underflows
 WIDE: Final = 30.0  # a ratio of largest to smallest beyond which a logarithm shows more
 
 
@@ -100,11 +101,13 @@ class Scale:
 
 def scale_of(values: Array, signed: bool = False) -> Scale | None:
     """Returns the scale that shows ``values`` best, None where none of them is finite."""
-    finite = values[np.isfinite(values)]
+    finite = np.clip(values[np.isfinite(values)], -EXTREME, EXTREME)
     if finite.size == 0:
         return None
+    signed = signed or bool((finite < 0).any())
+    finite = np.where(np.abs(finite) < 1 / EXTREME, 0.0, finite)
     low, high = float(finite.min()), float(finite.max())
-    if signed or low < 0:
+    if signed:
         reach = max(-low, high) or 1.0
         sizes = np.abs(finite[finite != 0])
         typical = float(np.median(sizes)) if sizes.size else reach
@@ -112,7 +115,8 @@ def scale_of(values: Array, signed: bool = False) -> Scale | None:
     positive = finite[finite > 0]
     if positive.size and high / float(positive.min()) > WIDE:
         return Scale("logarithmic", max(float(positive.min()), high * 1e-12), high)
-    margin = 0.0 if high > low else abs(high) or 1.0
+    size = max(abs(low), abs(high))
+    margin = 0.0 if high - low > 1e-9 * size else size or 1.0  # a flat line runs in the middle
     return Scale("linear", low - margin / 2, high + margin / 2)
 
 

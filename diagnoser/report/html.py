@@ -22,6 +22,7 @@ from diagnoser.errors import UsageError
 from diagnoser.report import wording
 from diagnoser.report.data import QUANTITIES, ReportData
 from diagnoser.report.drawing import (
+    EXTREME,
     SCALES,
     HeatMap,
     Scale,
@@ -361,10 +362,10 @@ def _gauge(evidence: Evidence) -> Gauge | None:
     observed, threshold = evidence.observed, evidence.threshold
     error = 2 * (wording.total_error(evidence) or 0.0)
     ends = np.array([observed - error, observed, observed + error, threshold])
-    if not np.isfinite(ends).all() or observed == threshold:
-        return None
     low, high = float(ends.min()), float(ends.max())
-    if low > 0 and high / low > 10:
+    if not (np.abs(ends) < EXTREME).all() or high - low < 1 / EXTREME:
+        return None
+    if low > 1 / EXTREME and high / low > 10:
         scale = Scale("logarithmic", low / 1.5, high * 1.5)
     else:
         margin = 0.2 * (high - low)

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diagnoser.errors import UsageError
 from diagnoser.report.data import ReportComponent, ReportData
 from diagnoser.report.html import write_report
 from diagnoser.report.json_file import diagnosis_to_json
 from diagnoser.runlog import Recording
+from diagnoser.table import Array
 from diagnoser.types import Cost, Diagnosis
 
 SHOWN: Final = (
@@ -56,7 +58,7 @@ def report_data(recording: Recording, cost: Cost) -> ReportData:
     components = recording.components
     position = {component.name: i for i, component in enumerate(components)}
     row_of = np.array([position.get(name, -1) for name in rows.components], dtype=int)
-    quantities = {}
+    quantities: dict[str, Array] = {}
     for quantity in SHOWN:
         if quantity not in rows.quantities:
             continue
@@ -85,8 +87,8 @@ def report_data(recording: Recording, cost: Cost) -> ReportData:
 
 
 def _last_coupling(
-    recording: Recording, row_of: np.ndarray[tuple[int], np.dtype[np.int64]]
-) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.float64]] | None, int | None]:
+    recording: Recording, row_of: NDArray[np.int64]
+) -> tuple[Array | None, int | None]:
     """The shares of the last measurement that has them; symmetric, NaN where not measured."""
     rows = recording.measurements
     if "coupling_share" not in rows.quantities:

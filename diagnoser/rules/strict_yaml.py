@@ -110,7 +110,9 @@ def read_document(path: Path) -> Document:
 
 
 def _error(path: Path, lines: tuple[str, ...], line: int, column: int, text: str) -> RuleError:
-    error = RuleError(f"{path}:{line + 1}:{column + 1}: {text}")
+    # The text may quote the file, and the file anything: an error stays one printable line.
+    shown = "".join(c if c.isprintable() else " " for c in text)
+    error = RuleError(f"{path}:{line + 1}:{column + 1}: {shown}")
     if line < len(lines):
         error.add_note(excerpt(lines[line], column))
     return error

@@ -315,7 +315,9 @@ def _largest_logit(node: Node, factor: float) -> float:
             other = getattr(node, "_saved_other", None)
             if other is None or (isinstance(other, Tensor) and other.numel() != 1):
                 return math.nan
-            factor = factor * abs(float(other)) if operation == "Mul" else factor / abs(float(other))
+            factor = (
+                factor * abs(float(other)) if operation == "Mul" else factor / abs(float(other))
+            )
         elif not (_is_shape_only(node) or operation in ("MaskedFill", "Add", "Where", "Sub")):
             return math.nan
         node = inputs[0]

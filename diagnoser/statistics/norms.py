@@ -36,9 +36,7 @@ class PartList:
 
     def select(self, *tensors: Tensors) -> tuple[NDArray[np.intp], list[list[Tensor]]]:
         """Returns owners and views of the parts that every mapping has a tensor for."""
-        kept = [
-            i for i, part in enumerate(self.parts) if all(part.parameter in t for t in tensors)
-        ]
+        kept = [i for i, part in enumerate(self.parts) if all(part.parameter in t for t in tensors)]
         views = [
             [self.parts[i].view(_dense(t[self.parts[i].parameter])) for i in kept] for t in tensors
         ]

