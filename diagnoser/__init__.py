@@ -1,7 +1,7 @@
 """diagnoser: finds out why a PyTorch training run goes wrong.
 
-`watch` goes around a training loop in code; the command ``diagnoser run SCRIPT`` does the same to an
-unmodified script. Everything else is reached through its module; importing this package alone
+`watch` goes around a training loop in code; the command ``diagnoser run SCRIPT`` does the same to
+an unmodified script. Everything else is reached through its module; importing this package alone
 brings no torch.
 """
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from diagnoser.diagnosis import default_rules, diagnose
 from diagnoser.errors import DiagnoserError, RunLogError, UsageError
+from diagnoser.monitor import Interception, Monitor, Schedule
 from diagnoser.report import finding_line, write_run
 from diagnoser.runlog import Recording, RunLogWriter
 from diagnoser.types import Diagnosis, Finding
 from diagnoser.vocabulary import severity_rank
-from diagnoser.monitor import Interception, Monitor, Schedule
 
 ANNOUNCING_SHARE = 0.01  # of training time that looking for new findings may take
 
@@ -152,7 +152,7 @@ class Watch:
         write_run(diagnosis, recording, self.directory)
         return diagnosis
 
-    def _look_for_findings(self, step: int) -> None:
+    def _look_for_findings(self) -> None:
         """Prints findings that are new, as often as a hundredth of training time allows."""
         if self._announce is None:
             return

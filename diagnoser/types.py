@@ -14,7 +14,8 @@ from typing import Any, Protocol
 class Narrowable(Protocol):
     """What `Part.view` needs of a tensor."""
 
-    def narrow(self, dim: int, start: int, length: int) -> Any: ...
+    def narrow(self, dim: int, start: int, length: int) -> Any:
+        """Returns a view of a range along one dimension."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,7 +237,7 @@ def test_pyhessians_copy_of_the_model_dies_without_garbage_collection():
     copies = []
 
     def loss(model, data):
-        copies.append(weakref.ref(model))
+        copies.extend(weakref.ref(p) for p in model.parameters())
         return probe_loss(model, data)
 
     gc.disable()

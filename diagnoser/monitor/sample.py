@@ -1,8 +1,9 @@
 """One sample: what is measured over two neighbouring steps, as measurement rows.
 
-First step: graph reading (attention, loss), gradients, weights, and the update the optimizer made.
-Second step: gradient cosine, and the curvature of the second step's own loss along that update.
-All rows carry the first step's number.
+First step: graph reading (attention, loss), gradients, weights, curvature along the step that the
+optimizer is about to make, and the update it then made. Second step: gradient cosine, whether the
+gradients of the first were cleared, and curvature where the step could not be told in advance (then
+along the update of the first). All rows carry the first step's number.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from torch import Tensor
 from diagnoser.curvature import (
     Ends,
     Hessian,
+    RowCurvature,
     coupling_matrix,
     extreme_eigenvalues,
     hutchinson_trace,
     precondition,
     row_curvature,
 )
+from diagnoser.monitor.subject import StepRule, Subject
 from diagnoser.statistics import (
     GraphReading,
     cosines,
@@ -35,9 +38,22 @@ from diagnoser.statistics import (
 )
 from diagnoser.types import Component, Estimate, Measurement
 from diagnoser.vocabulary import MODEL
-from diagnoser.monitor.subject import StepRule, Subject
 
 Array = NDArray[np.float64]
+
+
+GOOD_PREDICTION = 0.9  # cosine between the predicted and the real step
+
+
+@dataclass(frozen=True, eq=False)
+class Along:
+    """Curvature along a step, before it is known whether the step is made like that."""
+
+    direction: dict[str, Tensor]
+    rows: RowCurvature
+    descent: Array  # g_i'd_i, (components,)
+    loss: float
+    method: str
 
 
 @dataclass
@@ -52,6 +68,8 @@ class Sample:
     gradient: dict[str, Tensor] = field(default_factory=dict)  # of the first step, unclipped
     update: dict[str, Tensor] = field(default_factory=dict)
     rules: dict[str, StepRule] = field(default_factory=dict)
+    along: Along | None = None
+    curved: bool = False  # curvature along the coming step was measured
     left_gradients: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def run(self, quantity: str, value: float, **errors: object) -> None:
@@ -98,11 +116,11 @@ class Sample:
         size = norms(parts, gradients)
         finite = np.where(np.isnan(size), np.nan, 0.0)
         self.rows = [row for row in self.rows if row.quantity not in _GRADIENT_QUANTITIES]
-        self.components("reached", self.subject.shares({n: True for n in gradients}))
+        self.components("reached", self.subject.shares(dict.fromkeys(gradients, True)))
         self.components("gradient_norm", np.where(np.isfinite(size), size, np.nan))
         self.components("zero_share", 1.0 - nonzero_shares(parts, gradients))
         bad = np.array([not np.isfinite(s) for s in size]) & ~np.isnan(finite)
-        has_gradient = self.subject.shares({n: True for n in gradients}) > 0
+        has_gradient = self.subject.shares(dict.fromkeys(gradients, True)) > 0
         self.components(
             "non_finite_gradient",
             np.where(has_gradient, (bad | np.isnan(size)).astype(float), np.nan),
@@ -141,6 +159,21 @@ class Sample:
         self.components("learning_rate", subject.per_component(rates))
         self.components("moment_ratio", self._moment_ratio())
         self.before = {}
+        self._compare_with_prediction()
+
+    def _compare_with_prediction(self) -> None:
+        """Rescales curvature along a predicted step to the step made, or gives the product up."""
+        if self.along is None:
+            return
+        parts, predicted = self.subject.parts, self.along.direction
+        both = float(np.nansum(inner_products(parts, self.update, predicted)))
+        made = float(np.nansum(inner_products(parts, self.update, self.update)))
+        square = float(np.nansum(inner_products(parts, predicted, predicted)))
+        if made > 0 and square > 0 and both > GOOD_PREDICTION * math.sqrt(made * square):
+            self.run("predicted_update_cosine", both / math.sqrt(made * square))
+            self.add_curvature(both / square)
+        else:
+            self.along, self.curved = None, False  # the next step takes it up, along this one
 
     def _moment_ratio(self) -> Array:
         """Root mean square of gradient over Adam's second moment: sqrt(mean(g^2 / v_hat)).
@@ -187,29 +220,46 @@ class Sample:
             if all(part.parameter in hessian.parameters for part in component.parts)
         ]
 
-    def read_curvature(self, hessian: Hessian, loss: float, method: str) -> None:
-        """Curvature along the update and along the gradient: one product each.
+    def read_curvature(
+        self, hessian: Hessian, direction: Mapping[str, Tensor], loss: float, method: str
+    ) -> None:
+        """Takes the product of the Hessian with a step: second and first order of its effect.
 
-        ``update_curvature``: d_i'(Hd)_i in units of the loss. ``step_sharpness``: learning rate
-        times curvature along the update over what the optimizer's stability allows,
-        d_i'(Hd)_i / (d_i'P_i d_i / learning rate) * factor (see `StepRule`); above 1 the step
-        diverges along its own direction in the quadratic model. ``gradient_curvature``:
-        g_i'(Hg)_i / g_i'g_i.
+        The rows are made by `add_curvature`, when it is known how the step really came out.
         """
         components = self.measurable(hessian)
-        along = row_curvature(hessian, self.update, components)
-        metric = self._step_metric()
-        for component in components:
-            estimate = along.components[component.name]
-            self._estimate("update_curvature", component.name, estimate, method=method)
-            scale = metric.get(component.name, math.nan)
-            if scale > 0:
-                self._estimate("step_sharpness", component.name, estimate, 1.0 / scale, method)
-        self._estimate("update_curvature", MODEL, along.total, method=method)
-        if metric.get(MODEL, math.nan) > 0:
-            self._estimate("step_sharpness", MODEL, along.total, 1.0 / metric[MODEL], method)
-        if loss > 0:
-            self._estimate("update_curvature_share", MODEL, along.total, 0.5 / loss, method)
+        along = row_curvature(hessian, direction, components)
+        descent = inner_products(self.subject.parts, hessian.gradient, direction)
+        self.along = Along(dict(direction), along, descent, loss, method)
+
+    def add_curvature(self, scale: float = 1.0) -> None:
+        """Adds curvature along the step; ``scale`` is how long it was against the direction.
+
+        ``update_curvature``: d_i'(Hd)_i in units of the loss. ``update_curvature_share``: half of
+        it over the loss, what curvature adds to the loss in one step. ``overshoot``: half of d'Hd
+        over |g'd|: above 1 the quadratic model says that the step raises the loss although the
+        gradient says it falls. ``step_sharpness``: learning rate times curvature along the step
+        over what the optimizer's stability allows, d_i'(Hd)_i / (d_i'P_i d_i / learning rate) *
+        factor (see `StepRule`); above 1 the step diverges along its own direction.
+        """
+        if self.along is None:
+            return
+        found, self.along = self.along, None
+        metric = self._step_metric(found.direction)
+        estimates = {**found.rows.components, MODEL: found.rows.total}
+        for name, estimate in estimates.items():
+            square = scale * scale
+            self._estimate("update_curvature", name, estimate, square, found.method)
+            if found.loss > 0:
+                share = 0.5 * square / found.loss
+                self._estimate("update_curvature_share", name, estimate, share, found.method)
+            if metric.get(name, math.nan) > 0:
+                self._estimate("step_sharpness", name, estimate, 1 / metric[name], found.method)
+        descent = abs(float(np.nansum(found.descent)))
+        if descent > 0:
+            self._estimate(
+                "overshoot", MODEL, found.rows.total, 0.5 * scale / descent, found.method
+            )
 
     def read_gradient_curvature(self, hessian: Hessian, method: str) -> None:
         """Curvature along the gradient, g_i'(Hg)_i / g_i'g_i, from one product."""
@@ -224,16 +274,16 @@ class Sample:
                 estimate = along.components[component.name]
                 self._estimate("gradient_curvature", component.name, estimate, 1 / square, method)
 
-    def _step_metric(self) -> dict[str, float]:
-        """d'Pd / (learning rate * factor), per component and in all; NaN where it is not known."""
+    def _step_metric(self, direction: Mapping[str, Tensor]) -> dict[str, float]:
+        """D'Pd / (learning rate * factor), per component and in all; NaN where it is not known."""
         weighted: dict[str, Tensor] = {}
         for name, rule in self.rules.items():
             rate = rule.learning_rate * rule.factor
-            if name in self.update and rate > 0:
-                weighted[name] = self.update[name] * rule.preconditioner() / rate
+            if name in direction and rate > 0:
+                weighted[name] = direction[name] * rule.preconditioner() / rate
         if not weighted:
             return {}
-        values = inner_products(self.subject.parts, self.update, weighted)
+        values = inner_products(self.subject.parts, direction, weighted)
         metric = dict(zip(self.subject.names, values.tolist(), strict=True))
         metric[MODEL] = float(np.nansum(values))
         return metric
@@ -293,10 +343,12 @@ class Sample:
             product, size, generator, max_steps=products, dtype=like.dtype, device=like.device
         )
 
-    def read_interaction(self, hessian: Hessian, method: str) -> None:
-        """Signed coupling d_i'H_ij d_j of all pairs along the update, and its bounded share."""
+    def read_interaction(
+        self, hessian: Hessian, direction: Mapping[str, Tensor], method: str
+    ) -> None:
+        """Signed coupling d_i'H_ij d_j of all pairs along a step, and its bounded share."""
         components = self.measurable(hessian)
-        coupling = coupling_matrix(hessian, self.update, components)
+        coupling = coupling_matrix(hessian, direction, components)
         for i, a in enumerate(coupling.names):
             for j in range(i + 1, len(coupling.names)):
                 b = coupling.names[j]

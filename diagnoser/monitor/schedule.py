@@ -1,17 +1,16 @@
 """When to measure what: a guaranteed skeleton, and beyond it only what the budget pays for.
 
 The run's length is not known in advance, so the guaranteed measurements lie densely at the start
-and thin out. A *sample* takes two neighbouring steps: statistics on the first, and on the second
-the curvature along the update that the first one made. Everything else (spectrum and interaction)
-is bought from the budget, in turn.
+and thin out. A *sample* takes two neighbouring steps (see `sample`). Everything else (more samples, the
+spectrum, the interaction) is bought from the budget, in turn.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 GUARANTEED_STATISTICS = (0, 2, 5, 10, 20, 35, 50, 75, 100, 125, 150, 175, 198)
-GUARANTEED_CURVATURE = (5, 20, 35, 75, 100, 125, 150, 175)  # taken one step later
+GUARANTEED_CURVATURE = (0, 5, 10, 20, 50, 75, 125, 175)
 SMALL_STEP_S = 0.030  # below this a step is small, and the budget is a fixed time a step
 SMALL_STEP_BUDGET_S = 100e-6
 MINIMUM_GAP = 5  # steps between two samples that the budget pays for
@@ -23,7 +22,7 @@ class Plan:
     """What one step measures. ``guaranteed``: whatever the budget says."""
 
     statistics: bool = False
-    follow: bool = False  # the step after one with statistics: cosine, and curvature if asked for
+    follow: bool = False  # the step after one with statistics
     curvature: bool = False
     spectrum: bool = False
     interaction: bool = False
@@ -39,8 +38,8 @@ class Schedule:
 
     ``overhead`` is the share of training time that measuring may take; guaranteed measurements are
     made even beyond it. At steps shorter than 30 ms a sample costs several steps whatever is done,
-    so there the guaranteed ones are kept apart and the budget is at most 100 microseconds a step. ``every`` forces a full sample every that
-    many steps instead of the budget.
+    so there the guaranteed ones are kept apart and the budget is at most 100 microseconds a step.
+    ``every`` forces a full sample every that many steps instead of the budget.
     """
 
     overhead: float = 0.10
@@ -85,7 +84,7 @@ class Schedule:
 
     def _sample(self, step: int, second: Plan) -> Plan:
         self._pending, self._last_sample = second, step
-        return Plan(statistics=True, guaranteed=second.guaranteed)
+        return replace(second, statistics=True, follow=False)
 
     @property
     def credit(self) -> float:

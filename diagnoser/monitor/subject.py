@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,6 +161,61 @@ def step_rules(optimizer: torch.optim.Optimizer, name_of: Mapping[int, str]) -> 
                 factor = float("nan")  # an optimizer whose stability is not known
             rules[name] = StepRule(rate, factor, second, float(group.get("eps", 0.0)))
     return rules
+
+
+def coming_update(
+    optimizer: torch.optim.Optimizer, gradient: Mapping[str, Tensor], name_of: Mapping[int, str]
+) -> dict[str, Tensor] | None:
+    """Computes the step an optimizer is about to make, from its state and the gradient.
+
+    For SGD, Adam and AdamW as torch documents them; None for other classes and for options that
+    change the formula (maximize). What clips or scales gradients before the step is not known
+    here, which is why the prediction is compared with the step afterwards.
+    """
+    kind = type(optimizer)
+    if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        return None
+    update: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        if group.get("maximize") or group.get("differentiable"):
+            return None
+        for parameter in group["params"]:
+            name = name_of.get(id(parameter))
+            if name is None or name not in gradient:
+                continue
+            g, state = gradient[name], optimizer.state.get(parameter, {})
+            weight, rate = parameter.detach(), float(group["lr"])
+            decay = float(group["weight_decay"])
+            decoupled = kind is torch.optim.AdamW or group.get("decoupled_weight_decay", False)
+            if decay and not decoupled:
+                g = g + decay * weight
+            if kind is torch.optim.SGD:
+                step = _sgd_direction(g, group, state)
+            else:
+                step = _adam_direction(g, group, state)
+            update[name] = -rate * (step + decay * weight if decay and decoupled else step)
+    return update
+
+
+def _sgd_direction(g: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
+    momentum, buffer = float(group["momentum"]), state.get("momentum_buffer")
+    if not momentum:
+        return g
+    average = g if buffer is None else momentum * buffer + (1.0 - float(group["dampening"])) * g
+    return g + momentum * average if group["nesterov"] else average
+
+
+def _adam_direction(g: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    step = float(state.get("step", 0.0)) + 1.0
+    first, second = state.get("exp_avg", 0.0), state.get("exp_avg_sq", 0.0)
+    first = beta1 * first + (1.0 - beta1) * g
+    second = beta2 * second + (1.0 - beta2) * g * g
+    if group["amsgrad"] and "max_exp_avg_sq" in state:
+        second = torch.maximum(second, state["max_exp_avg_sq"])
+    root = (second / (1.0 - beta2**step)).sqrt()
+    direction: Tensor = first / (1.0 - beta1**step) / (root + float(group["eps"]))
+    return direction
 
 
 def find_models(

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 from diagnoser.curvature import Hessian, unreliable_nodes
 from diagnoser.errors import MeasurementError
-from diagnoser.runlog import RunLogWriter
-from diagnoser.statistics import GraphReading, read_graph
-from diagnoser.types import Cost, Where
-from diagnoser.vocabulary import MODEL
 from diagnoser.monitor.interception import Books, loss_scale, user_place
 from diagnoser.monitor.quiet import quiet
 from diagnoser.monitor.sample import Sample
 from diagnoser.monitor.schedule import Plan, Schedule
-from diagnoser.monitor.subject import StepRule, Subject, find_models, step_rules
+from diagnoser.monitor.subject import StepRule, Subject, coming_update, find_models, step_rules
+from diagnoser.runlog import RunLogWriter
+from diagnoser.statistics import GraphReading, read_graph
+from diagnoser.types import Component, Cost, Where
+from diagnoser.vocabulary import MODEL
 
 Loss = Callable[[nn.Module, Any], Tensor]
 MAX_FAILURES = 5  # of one kind of measurement, after which it is not tried again
@@ -57,7 +57,7 @@ class Monitor:
         models: Mapping[str, nn.Module] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         probe: Callable[[], list[Tensor]] | None = None,
-        on_measured: Callable[[int], None] | None = None,
+        on_measured: Callable[[], None] | None = None,
     ) -> None:
         self.log = log
         self.schedule = schedule
@@ -166,7 +166,7 @@ class Monitor:
         self.measurements += 1
         self.schedule.learn(self._plan, sample.seconds)
         if self._on_measured is not None:
-            self._on_measured(sample.step)
+            self._on_measured()
 
     def finish(self, exit_code: int | None) -> None:
         """Ends the log; what was measured of an unfinished sample is kept."""
@@ -249,21 +249,24 @@ class Monitor:
             sample.read_weights()
             if reading.opaque:
                 self._once("opaque", f"{reading.opaque[0]}: a compiled module hides its operations")
+            if plan.curvature:
+                self._measure_curvature(sample, loss)
             return
         if self._sample is None:
             return
         self._check_left_gradients(self._sample)
-        if plan.curvature and self._sample.update and math.isfinite(float(self._loss)):
+        if plan.curvature and not self._sample.curved and self._sample.update:
             self._measure_curvature(self._sample, loss)
+            self._sample.add_curvature()
 
     def _measure_curvature(self, sample: Sample, loss: Tensor) -> None:
-        if self._failures.get("curvature", 0) >= MAX_FAILURES:
+        if self._failures.get("curvature", 0) >= MAX_FAILURES or not math.isfinite(self._loss):
             return
         subject = sample.subject
         wanted = {n: p for n, p in subject.parameters.items() if p.requires_grad}
         with self._guard("curvature"), self._quietly(subject):
             if self._probe is not None:
-                losses, method, scale, value = self._probe(), "probe", 1.0, math.nan
+                losses, method, scale = self._probe(), "probe", 1.0
                 value = float(torch.stack([part.detach() for part in losses]).mean())
             else:
                 for node in unreliable_nodes(loss):
@@ -274,19 +277,39 @@ class Monitor:
                 if self._last_backwards > 1:
                     method = f"live, first of {self._last_backwards} backwards"
             with Hessian(losses, wanted, scale=scale) as hessian:
-                sample.read_curvature(hessian, value, method)
+                direction = self._direction(sample, hessian)
+                if direction is None:
+                    return
+                sample.read_curvature(hessian, direction, value, method)
                 if self._plan.spectrum or self._plan.interaction:
                     sample.read_gradient_curvature(hessian, method)
                 if self._plan.spectrum:
-                    components = sample.measurable(hessian)
-                    first = self._next_component % max(len(components), 1)
-                    chosen = (components + components)[first : first + SPECTRUM_COMPONENTS]
-                    if self.schedule.every is not None:
-                        chosen = components
-                    self._next_component = first + SPECTRUM_COMPONENTS
-                    sample.read_spectrum(hessian, chosen, self._generator)
+                    sample.read_spectrum(hessian, self._chosen(sample, hessian), self._generator)
                 if self._plan.interaction:
-                    sample.read_interaction(hessian, method)
+                    sample.read_interaction(hessian, direction, method)
+
+    def _direction(self, sample: Sample, hessian: Hessian) -> dict[str, Tensor] | None:
+        """The step that is coming; after a step that could not be told in advance, that step."""
+        if sample.update:
+            return {n: d for n, d in sample.update.items() if n in hessian.parameters}
+        coming: dict[str, Tensor] = {}
+        gradient = hessian.gradient
+        for optimizer in self._optimizers():
+            update = coming_update(optimizer, gradient, sample.subject.name_of)
+            if update is None:
+                return None
+            coming |= update
+        sample.curved = bool(coming)
+        return coming or None
+
+    def _chosen(self, sample: Sample, hessian: Hessian) -> list[Component]:
+        """The components whose turn it is; all of them when measuring is forced."""
+        components = sample.measurable(hessian)
+        if self.schedule.every is not None or not components:
+            return components
+        first = self._next_component % len(components)
+        self._next_component = first + SPECTRUM_COMPONENTS
+        return (components + components)[first : first + min(SPECTRUM_COMPONENTS, len(components))]
 
     def _read_update(self, optimizers: Any, *, note_left: bool) -> None:
         sample = self._sample

@@ -1,9 +1,9 @@
 """Ways to show a diagnosis: JSON for programs, text for a terminal, one HTML page for people."""
 
-from diagnoser.report.data import ReportComponent, ReportData
+from diagnoser.report.data import ReportComponent, ReportData, report_data
 from diagnoser.report.html import render_report, write_report
 from diagnoser.report.json_file import diagnosis_schema, diagnosis_to_json
-from diagnoser.report.run_files import report_data, write_run
+from diagnoser.report.run_files import write_run
 from diagnoser.report.terminal import finding_line, print_diagnosis
 
 __all__ = [

@@ -1,0 +1,334 @@
+"""What features compute: functions of a `Source` that return one `Column` each.
+
+Private steps (moving medians, first values) work on plain (subjects, steps) arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
+from diagnoser.features.source import Source
+from diagnoser.table import Array, Column
+
+EARLY_SAMPLES: Final = 3  # measurements that make a component's own early window
+SMOOTHED: Final = 3  # measurements of a moving median
+
+
+def at_the_end(value: float, source: Source) -> Column:
+    """A number that is only known at the end of what was recorded."""
+    result = np.full((1, len(source.steps)), np.nan)
+    if len(source.steps):
+        result[0, -1] = value
+    return Column.exact(result)
+
+
+def quotient(a: Array, b: Array) -> Array:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result: Array = a / b
+    return np.where(np.isfinite(result), result, np.nan)
+
+
+def times(column: Column, factor: Array) -> Column:
+    """A column times a known, non-negative factor."""
+    if column.lower is column.value:
+        return Column.exact(column.value * factor)
+    return Column(column.value * factor, column.lower * factor, column.upper * factor)
+
+
+def moving_median(values: Array) -> Array:
+    """Median of the last three known values of each row; NaN where none of them is known."""
+    result = np.full_like(values, np.nan)
+    for r, row in enumerate(values):
+        known = np.flatnonzero(~np.isnan(row))
+        for i, at in enumerate(known):
+            result[r, at] = np.median(row[known[max(0, i - SMOOTHED + 1) : i + 1]])
+    return result
+
+
+def early_median(values: Array) -> Array:
+    """Median of each row's first three known values; (rows, 1)."""
+    result = np.full((len(values), 1), np.nan)
+    for r, row in enumerate(values):
+        known = row[~np.isnan(row)][:EARLY_SAMPLES]
+        if len(known) == EARLY_SAMPLES:
+            result[r] = np.median(known)
+    return result
+
+
+def first_known(values: Array) -> Array:
+    """Each row's first known value; (rows, 1)."""
+    result = np.full((len(values), 1), np.nan)
+    for r, row in enumerate(values):
+        known = row[~np.isnan(row)][:1]
+        if len(known):
+            result[r] = known[0]
+    return result
+
+
+def median_over_components(values: Array) -> Array:
+    """Median over the components that are known at a step; (1, steps)."""
+    result = np.full((1, values.shape[1]), np.nan)
+    for i, column in enumerate(values.T):
+        known = column[~np.isnan(column)]
+        if len(known):
+            result[0, i] = np.median(known)
+    return result
+
+
+def broadcast(row: Array, source: Source) -> Array:
+    return np.broadcast_to(row, (len(source.names), row.shape[1]))
+
+
+def siblings(source: Source, values: Array) -> Array:
+    """Largest value among the other components of the same kind; NaN where there is none."""
+    result = np.full_like(values, np.nan)
+    kinds = [source.kinds[name] for name in source.names]
+    layers = [source.layers[name] for name in source.names]
+    for i in range(len(kinds)):
+        others = [j for j in range(len(kinds)) if kinds[j] == kinds[i] and layers[j] != layers[i]]
+        if others:
+            known = np.where(np.isnan(values[others]), -np.inf, values[others]).max(axis=0)
+            result[i] = np.where(np.isfinite(known), known, np.nan)
+    return result
+
+
+def matrix_rows(source: Source) -> list[int]:
+    """Components with a kernel, in the order of the model, that have a gradient."""
+    names = [
+        (component.order, source.names.index(component.name))
+        for component in source.recording.components
+        if component.kind != "norm" and component.name in source.names
+    ]
+    norms = source.component("gradient_norm").value
+    return [row for _, row in sorted(names) if not np.isnan(norms[row]).all()]
+
+
+# -- the functions behind the catalogue ------------------------------------------------------------
+
+
+def loss_fall(s: Source) -> Column:
+    return Column.exact(1.0 - s.loss / s.initial_loss)
+
+
+def loss_rise(s: Source) -> Column:
+    best = np.fmin.accumulate(s.loss, axis=1)
+    return Column.exact(quotient(s.loss - best, np.full_like(best, s.initial_loss)))
+
+
+def loss_spread(s: Source) -> Column:
+    losses = s.recording.losses
+    spread = s.windows(losses.value, losses.step, lambda w: float(np.std(w)))
+    return Column.exact(quotient(spread, s.loss))
+
+
+def loss_to_chance(s: Source) -> Column:
+    classes = s.run("classes").value
+    known = classes[~np.isnan(classes)]
+    if not len(known):
+        return Column.exact(np.full((1, len(s.steps)), np.nan))
+    return Column.exact(s.loss / np.log(known.max()))
+
+
+def non_finite_loss(s: Source) -> Column:
+    losses = s.recording.losses
+    bad = losses.step[~np.isfinite(losses.value)]
+    result = np.zeros((1, len(s.steps)))
+    if len(bad):
+        result[0, s.steps >= bad[0]] = 1.0
+    return Column.exact(result)
+
+
+def trained_update_ratios(s: Source) -> Array:
+    """Update ratios of the components that have a gradient; the others only decay or stand."""
+    ratio = np.where(
+        s.component("gradient_norm").value > 0, s.component("update_ratio").value, np.nan
+    )
+    return moving_median(ratio)
+
+
+def median_update_ratio(s: Source) -> Column:
+    return Column.exact(median_over_components(trained_update_ratios(s)))
+
+
+def update_ratio(s: Source) -> Column:
+    return Column.exact(moving_median(s.component("update_ratio").value))
+
+
+def update_ratio_to_median(s: Source) -> Column:
+    own = trained_update_ratios(s)
+    median = median_over_components(np.where(own > 0, own, np.nan))
+    return Column.exact(quotient(own, broadcast(median, s)))
+
+
+def learning_rate_to_median(s: Source) -> Column:
+    rate = s.component("learning_rate").value
+    return Column.exact(quotient(rate, broadcast(median_over_components(rate), s)))
+
+
+def gradient_to_start(s: Source) -> Column:
+    norm = s.component("gradient_norm").value
+    return Column.exact(
+        quotient(moving_median(norm), np.broadcast_to(early_median(norm), norm.shape))
+    )
+
+
+def weight_growth(s: Source) -> Column:
+    norm = s.component("weight_norm").value
+    return Column.exact(quotient(norm, np.broadcast_to(first_known(norm), norm.shape)))
+
+
+def initial_weight_scale_to_median(s: Source) -> Column:
+    first = first_known(s.component("weight_scale").value)
+    known = first[~np.isnan(first)]
+    median = np.median(known) if len(known) > 2 else np.nan
+    ratio = quotient(first, np.full_like(first, median))
+    return Column.exact(np.broadcast_to(ratio, (len(s.names), len(s.steps))).copy())
+
+
+def moved(s: Source) -> Column:
+    size = s.component("update_norm").value
+    known = ~np.isnan(size)
+    ever = np.maximum.accumulate(np.where(known, size, 0.0) > 0, axis=1).astype(float)
+    return Column.exact(np.where(np.maximum.accumulate(known, axis=1), ever, np.nan))
+
+
+def ever_reached(s: Source) -> Column:
+    norm, reached = s.component("gradient_norm").value, s.component("reached").value
+    known = ~np.isnan(reached)
+    ever = np.maximum.accumulate(np.where(np.isnan(norm), 0.0, norm) > 0, axis=1).astype(float)
+    return Column.exact(np.where(np.maximum.accumulate(known, axis=1), ever, np.nan))
+
+
+def curvature_part(s: Source) -> Column:
+    size = np.abs(s.component("update_curvature").value)
+    total = np.nansum(size, axis=0, keepdims=True)
+    return Column.exact(quotient(size, np.broadcast_to(total, size.shape)))
+
+
+def component_curvature_share(s: Source) -> Column:
+    return Column.exact(np.abs(s.component("update_curvature_share").value))
+
+
+def entropy_of_layer(s: Source) -> Column:
+    entropy = s.component("attention_entropy").value
+    row = {name: i for i, name in enumerate(s.names)}
+    layers = [row.get(s.layers[name], row[name]) for name in s.names]
+    return Column.exact(entropy[layers])
+
+
+def initial(quantity: str) -> Callable[[Source], Column]:
+    def function(s: Source) -> Column:
+        first = first_known(s.component(quantity).value)
+        return Column.exact(np.broadcast_to(first, (len(s.names), len(s.steps))).copy())
+
+    return function
+
+
+def frozen_prefix(s: Source) -> Column:
+    """1 where this component and every one before it in the model's order are frozen."""
+    trainable = s.component("trainable").value
+    order = {c.name: c.order for c in s.recording.components}
+    ranked = sorted(range(len(s.names)), key=lambda i: order[s.names[i]])
+    result = np.full_like(trainable, np.nan)
+    frozen_so_far = np.ones(len(s.steps), dtype=bool)
+    for i in ranked:
+        known = ~np.isnan(trainable[i])
+        frozen_so_far &= ~known | (trainable[i] == 0)
+        result[i] = np.where(known, frozen_so_far.astype(float), np.nan)
+    return Column.exact(result)
+
+
+def trained_components(s: Source) -> Column:
+    trainable = s.component("trainable").value
+    with np.errstate(invalid="ignore", divide="ignore"):
+        known = ~np.isnan(trainable)
+        share = (np.nan_to_num(trainable) > 0).sum(axis=0) / known.sum(axis=0)
+    return Column.exact(np.where(known.any(axis=0), share, np.nan)[None, :])
+
+
+def negative_curvature_ratio(s: Source) -> Column:
+    low, high = s.component("lambda_min"), s.component("lambda_max")
+    scale = np.maximum(np.abs(high.value), 1e-30)
+    return Column(-low.value / scale, -low.upper / scale, -low.lower / scale)
+
+
+def trace_z(s: Source) -> Column:
+    trace = s.component("trace")
+    error = (trace.upper - trace.lower) / 4.0
+    return Column.exact(quotient(trace.value, np.where(error > 0, error, np.nan)))
+
+
+def own(quantity: str) -> Callable[[Source], Column]:
+    return lambda s: s.component(quantity)
+
+
+def own_run(quantity: str) -> Callable[[Source], Column]:
+    return lambda s: s.run(quantity)
+
+
+def siblings_of(quantity: str) -> Callable[[Source], Column]:
+    return lambda s: Column.exact(siblings(s, s.component(quantity).value))
+
+
+def to_start(quantity: str) -> Callable[[Source], Column]:
+    def function(s: Source) -> Column:
+        value = s.component(quantity).value
+        return Column.exact(quotient(value, np.broadcast_to(first_known(value), value.shape)))
+
+    return function
+
+
+def smoothed(quantity: str) -> Callable[[Source], Column]:
+    return lambda s: Column.exact(moving_median(s.component(quantity).value))
+
+
+def smoothed_run(quantity: str) -> Callable[[Source], Column]:
+    return lambda s: Column.exact(moving_median(s.run(quantity).value))
+
+
+def first_gradient_norm(s: Source) -> Column:
+    rows = matrix_rows(s)
+    norm = s.component("gradient_norm").value
+    return Column.exact(norm[rows[:1]] if rows else np.full((1, len(s.steps)), np.nan))
+
+
+def first_gradient_ratio(s: Source) -> Column:
+    rows = matrix_rows(s)
+    norm = s.component("gradient_norm").value
+    if len(rows) < 2:
+        return Column.exact(np.full((1, len(s.steps)), np.nan))
+    return Column.exact(quotient(norm[rows[:1]], norm[rows[-1:]]))
+
+
+def zero_gradient_share(s: Source) -> Column:
+    zero = s.component("zero_share").value
+    sizes = {c.name: c.elements for c in s.recording.components}
+    weight = np.array([[sizes[name]] for name in s.names], dtype=float) * ~np.isnan(zero)
+    total = weight.sum(axis=0, keepdims=True)
+    return Column.exact(quotient((np.nan_to_num(zero) * weight).sum(axis=0, keepdims=True), total))
+
+
+def accuracy_best(s: Source) -> Column:
+    epochs = s.epoch_accuracies
+    return at_the_end(float(epochs.max()) if len(epochs) else float("nan"), s)
+
+
+def accuracy_best_gain(s: Source) -> Column:
+    epochs = s.epoch_accuracies
+    return at_the_end(float(np.diff(epochs).max()) if len(epochs) > 1 else float("nan"), s)
+
+
+def accuracy_swings(s: Source) -> Column:
+    """AutoTrainer: the i-th local maximum with the i-th local minimum, apart by 0.03 or more."""
+    epochs = s.epoch_accuracies
+    if len(epochs) < 3:
+        return at_the_end(float("nan"), s)
+    middle, before, after = epochs[1:-1], epochs[:-2], epochs[2:]
+    highs = middle[(middle > before) & (middle >= after)]
+    lows = middle[(middle < before) & (middle <= after)]
+    pairs = min(len(highs), len(lows))
+    swings = int((highs[:pairs] - lows[:pairs] >= 0.03).sum())
+    return at_the_end(swings / len(epochs), s)
