@@ -179,7 +179,8 @@ def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Ex
 
 def _related(cause: Finding, symptom: Finding) -> bool:
     a, b = cause.component, symptom.component
-    replaced = ":" in b and ":" not in a  # a stale module, see monitor.subject.find_models
+    # A module that was replaced after the optimizer was built: see monitor.subject.find_models.
+    replaced = (":" in b and ":" not in a) or b.startswith("param_groups[")
     return MODEL in (a, b) or a == b or _inside(a, b) or _inside(b, a) or replaced
 
 

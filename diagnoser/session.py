@@ -129,6 +129,11 @@ class Watch:
         return "no training step was seen: the program built no model"
 
     @property
+    def account(self) -> Schedule:
+        """What measuring has cost so far, and what the budget still allows."""
+        return self._schedule
+
+    @property
     def log(self) -> Recording:
         """What was recorded so far.
 

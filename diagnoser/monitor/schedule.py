@@ -1,8 +1,8 @@
 """When to measure what: a guaranteed skeleton, and beyond it only what the budget pays for.
 
 The run's length is not known in advance, so the guaranteed measurements lie densely at the start
-and thin out. A *sample* takes two neighbouring steps (see `sample`). Everything else (more samples, the
-spectrum, the interaction) is bought from the budget, in turn.
+and thin out. A *sample* takes two neighbouring steps (see `sample`). More samples, spectrum and
+interaction are bought from the budget, in turn.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Schedule:
     guaranteed_s: float = 0.0
     bought_s: float = 0.0
     steps: int = 0
+    curvature_measurements: int = 0
     _costs: dict[str, float] = field(default_factory=dict)
     _turn: int = 0
     _last_sample: int = -1
@@ -112,4 +113,5 @@ class Schedule:
         """Remembers what a whole sample of this kind took."""
         turn = "spectrum" if plan.spectrum else "interaction" if plan.interaction else "sample"
         if plan.curvature:
+            self.curvature_measurements += 1
             self._costs[turn] = seconds

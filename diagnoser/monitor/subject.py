@@ -45,13 +45,12 @@ class StepRule:
 class Subject:
     """Models, their split into components, and the parameters as tensors by name."""
 
-    def __init__(self, models: Mapping[str, nn.Module], free: Sequence[Tensor] = ()) -> None:
+    def __init__(self, models: Mapping[str, nn.Module], free: Mapping[str, Tensor]) -> None:
         self.models = dict(models)
         self.parameters: dict[str, Tensor] = dict(parameters_of(models))
         components = list(split_components(models))
-        for i, tensor in enumerate(free):
-            name = f"param_groups[0][{i}]"
-            components.append(free_component(name, tensor))
+        for name, tensor in free.items():
+            components.append(free_component(name, tensor, order=len(components)))
             self.parameters[name] = tensor
         self.components: tuple[Component, ...] = tuple(components)
         self.layers = layers_of(self.components)
@@ -222,7 +221,7 @@ def find_models(
     modules: Iterable[nn.Module],
     reached: Sequence[Tensor],
     optimizers: Sequence[torch.optim.Optimizer],
-) -> tuple[dict[str, nn.Module], list[Tensor]]:
+) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
     """Finds and names the root modules behind a loss and its optimizers.
 
     A root is a module that is nobody's child. One root needs no name; several are named after the
@@ -236,7 +235,8 @@ def find_models(
         optimizers: All optimizers that exist.
 
     Returns:
-        Roots by name (an empty name: none needed), and the parameters that no module owns.
+        Roots by name (an empty name: none needed), and the parameters that no module owns, by their
+        place in the optimizer (``param_groups[0][1]``).
     """
     everything = [m for m in modules if "_modules" in m.__dict__ and "_parameters" in m.__dict__]
     children = {id(c) for m in everything for c in m._modules.values() if c is not None}
@@ -257,7 +257,7 @@ def find_models(
         if (own[id(root)] & wanted.keys()) - covered:
             chosen.append(root)
             covered |= own[id(root)]
-    free = [p for key, p in wanted.items() if key not in covered]
+    free = _free_tensors({k: p for k, p in wanted.items() if k not in covered}, optimizers)
     if not chosen:
         return {}, free
     main, *others = chosen
@@ -267,6 +267,18 @@ def find_models(
         return {"": main, **{names[id(other)]: other for other in others}}, free
     names = _variable_names(chosen)
     return {names[id(root)]: root for root in chosen}, free
+
+
+def _free_tensors(
+    tensors: Mapping[int, Tensor], optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    places = {
+        id(parameter): f"{f'optimizer{k}:' if k else ''}param_groups[{g}][{i}]"
+        for k, optimizer in enumerate(optimizers)
+        for g, group in enumerate(optimizer.param_groups)
+        for i, parameter in enumerate(group["params"])
+    }
+    return {places.get(key, f"tensor[{n}]"): t for n, (key, t) in enumerate(tensors.items())}
 
 
 def _variable_names(roots: Sequence[nn.Module]) -> dict[int, str]:

@@ -371,7 +371,7 @@ class Monitor:
     def _find_subject(self, reading: GraphReading) -> None:
         parameters = self._real(reading.parameters)
         if self._models is not None:
-            models, free = dict(self._models), list[Tensor]()
+            models, free = dict(self._models), dict[str, Tensor]()
         else:
             models, free = find_models(self._books.modules, parameters, list(self._optimizers()))
         self.subject = Subject(models, free)

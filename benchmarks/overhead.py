@@ -1,0 +1,141 @@
+"""What watching costs at the default budget, on both subjects and on a very small network.
+
+The same training loop runs watched and unwatched in turn, in one process, one thread; the ratio is
+taken pair by pair and its median quoted. For steps under 30 ms the guaranteed measurements are
+taken off and the rest is given in microseconds a step. Run it on an idle machine with ``python -m
+benchmarks.overhead``; the figures are ``benchmarks/results/overhead.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diagnoser.session import Watch, watch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks" / "subjects"), str(ROOT / "cases" / "han")]
+RESULTS = ROOT / "benchmarks" / "results" / "overhead.json"
+PAIRS = 5
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A model, an endless supply of batches, and how many steps are timed."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Iterator[tuple[Tensor, Tensor]]
+    steps: int
+
+
+def han() -> Loop:
+    """The hierarchical attention network of the case, on its own data."""
+    import bbc_news
+    import model as han_model
+
+    data = bbc_news.load()
+    network = han_model.HAN(data.vocabulary_size, len(bbc_news.CLASSES))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            for batch in torch.randperm(len(data.train)).split(32):
+                if len(batch) == 32:
+                    yield data.train.documents[batch], data.train.labels[batch]
+
+    return Loop(network, torch.optim.Adam(network.parameters(), 3e-3), batches(), 200)
+
+
+def transformer() -> Loop:
+    """The small pre-LN transformer on associative recall."""
+    import transformer as subject
+
+    network = subject.Transformer()
+    generator = torch.Generator().manual_seed(0)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield subject.draw(64, generator)
+
+    return Loop(network, torch.optim.AdamW(network.parameters(), 3e-3), batches(), 400)
+
+
+def tiny() -> Loop:
+    """A network so small that a step is mostly Python."""
+    network = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    batch = torch.randn(32, 64), torch.randint(10, (32,))
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield batch
+
+    return Loop(network, torch.optim.AdamW(network.parameters(), 1e-3), batches(), 2000)
+
+
+def seconds(make: Callable[[], Loop], watched: bool) -> tuple[float, Watch | None]:
+    """Returns what one training takes, and the watch over it."""
+    torch.manual_seed(0)
+    loop = make()
+    with tempfile.TemporaryDirectory() as directory:
+        observer = None
+        if watched:
+            observer = watch(loop.model, loop.optimizer, out=Path(directory) / "run")
+            observer.__enter__()
+        start = time.perf_counter()
+        for _ in range(loop.steps):
+            inputs, targets = next(loop.batches)
+            loop.optimizer.zero_grad()
+            F.cross_entropy(loop.model(inputs), targets).backward()
+            loop.optimizer.step()
+        took = time.perf_counter() - start
+        if observer is not None:
+            observer.__exit__(None, None, None)
+    return took, observer
+
+
+def measure(make: Callable[[], Loop]) -> dict[str, Any]:
+    """Times a loop watched and unwatched, in pairs."""
+    seconds(make, watched=True)  # a first time, for everything that is only loaded once
+    steps = make().steps
+    ratios, rest, plain_ms, measured = [], [], [], []
+    for _ in range(PAIRS):
+        plain, _ = seconds(make, watched=False)
+        watched, observer = seconds(make, watched=True)
+        assert observer is not None
+        guaranteed = observer.account.guaranteed_s
+        ratios.append(watched / plain)
+        rest.append((watched - plain - guaranteed) / steps * 1e6)
+        plain_ms.append(plain / steps * 1e3)
+        measured.append(observer.account.curvature_measurements)
+    return {
+        "steps": steps,
+        "pairs": PAIRS,
+        "plain_ms_a_step": round(statistics.median(plain_ms), 2),
+        "ratio": [round(value, 4) for value in sorted(ratios)],
+        "ratio_median": round(statistics.median(ratios), 4),
+        "us_a_step_besides_guaranteed": round(statistics.median(rest), 1),
+        "curvature_measurements": min(measured),
+    }
+
+
+def main() -> None:
+    """Measures all loops, prints the figures and writes them."""
+    torch.set_num_threads(1)
+    found = {make.__name__: measure(make) for make in (han, transformer, tiny)}
+    print(json.dumps(found, indent=1))
+    RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Renders the tables of README.md from the committed results. Run ``python -m benchmarks.tables``.
+
+Each block of README between ``<!-- name -->`` and ``<!-- /name -->`` is made here and nowhere else;
+a test holds the file against the results.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _json(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def _rate(rate: dict[str, Any] | None) -> str:
+    if rate is None:
+        return ""
+    return f"{rate['count']}/{rate['of']} [{rate['low']:.2f}, {rate['high']:.2f}]"
+
+
+def evidence() -> str:
+    """Right and wrong diagnoses, with harm measured apart, as a table."""
+    summary = {line["runs"]: line for line in _json("first_slice.json")["summary"]}
+    harm = _json("subject_harm.json")
+    lines = [
+        "| runs | called faulty | cause in top 3 | component first | accuracy lost |",
+        "|---|---|---|---|---|",
+    ]
+    lines.append(f"| healthy, both subjects | {_rate(summary['healthy']['alarmed'])} | | | |")
+    for name, line in summary.items():
+        if "faulty" not in line:
+            continue
+        subject, _, fault = name.partition(": ")
+        lost = ""
+        if fault:
+            found = harm[subject]["faults"][fault]
+            lost = f"{found['mean_loss']:+.2f} ({found['harm']})"
+        lines.append(
+            f"| {name.replace('_', ' ')} | {_rate(line['faulty'])} | "
+            f"{_rate(line['cause_in_top_3'])} | {_rate(line['component_first'])} | {lost} |"
+        )
+    return "\n".join(lines)
+
+
+def overhead() -> str:
+    """What watching costs, as a table."""
+    lines = [
+        "| loop | ms a step | watched / plain, median of 5 (range) | us a step besides guaranteed |",
+        "|---|---|---|---|",
+    ]
+    for name, row in _json("overhead.json").items():
+        ratio = f"{row['ratio_median']:.3f} ({row['ratio'][0]:.3f} to {row['ratio'][-1]:.3f})"
+        rest = f"{row['us_a_step_besides_guaranteed']:.0f}"
+        lines.append(f"| {name} | {row['plain_ms_a_step']:.1f} | {ratio} | {rest} |")
+    return "\n".join(lines)
+
+
+def example() -> str:
+    """A diagnosis as it was printed."""
+    text = (RESULTS / "example_diagnosis.txt").read_text(encoding="utf-8").rstrip()
+    return f"```text\n{text}\n```"
+
+
+BLOCKS = {"example": example, "evidence": evidence, "overhead": overhead}
+
+
+def rendered(text: str) -> str:
+    """Returns the document with every block made anew."""
+    for name, make in BLOCKS.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        text = pattern.sub(lambda m, make=make: m[1] + make() + m[2], text)
+    return text
+
+
+def main() -> None:
+    """Writes README.md anew."""
+    README.write_text(rendered(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
