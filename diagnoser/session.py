@@ -23,7 +23,7 @@ from diagnoser.runlog import Recording, RunLogWriter
 from diagnoser.types import Diagnosis, Finding
 from diagnoser.vocabulary import severity_rank
 
-ANNOUNCING_SHARE = 0.01  # of training time that looking for new findings may take
+ANNOUNCING_SHARE = 0.005  # of training time that looking for new findings may take
 
 
 def switched_off() -> bool:
@@ -158,7 +158,7 @@ class Watch:
         return diagnosis
 
     def _look_for_findings(self) -> None:
-        """Prints findings that are new, as often as a hundredth of training time allows."""
+        """Prints findings that are new, as often as a two-hundredth of training time allows."""
         if self._announce is None:
             return
         if self._looks > 1 and self._looked_s > ANNOUNCING_SHARE * self._schedule.training_s:

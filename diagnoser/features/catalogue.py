@@ -134,8 +134,8 @@ FEATURES: Final[Mapping[str, Entry]] = {
         entry(
             "update_curvature_share",
             "run",
-            f.own_run("update_curvature_share"),
-            ("update_curvature_share",),
+            f.update_curvature_share,
+            ("update_curvature",),
             "what curvature adds to the loss in one step, d'Hd / 2, over the loss "
             "(second order of Taylor's formula along the step d)",
             low=-np.inf,
@@ -374,7 +374,7 @@ FEATURES: Final[Mapping[str, Entry]] = {
             "component_curvature_share",
             "component",
             f.component_curvature_share,
-            ("update_curvature_share",),
+            ("update_curvature",),
             "|d_i'(Hd)_i| / 2 over the loss",
         ),
         entry(

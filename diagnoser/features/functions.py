@@ -208,8 +208,15 @@ def curvature_part(s: Source) -> Column:
     return Column.exact(quotient(size, np.broadcast_to(total, size.shape)))
 
 
+def update_curvature_share(s: Source) -> Column:
+    half = 0.5 * s.run("update_curvature").value
+    return Column.exact(half / np.fmax(s.loss, 0.1 * s.initial_loss))
+
+
 def component_curvature_share(s: Source) -> Column:
-    return Column.exact(np.abs(s.component("update_curvature_share").value))
+    """Near the end of training the loss is too small to divide by: a tenth of the first then."""
+    half = 0.5 * np.abs(s.component("update_curvature").value)
+    return Column.exact(half / np.fmax(s.loss, 0.1 * s.initial_loss))
 
 
 def entropy_of_layer(s: Source) -> Column:

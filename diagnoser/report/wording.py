@@ -259,11 +259,12 @@ def unknown_by_reason(unknown: Sequence[Unknown]) -> list[tuple[str, str]]:
 
 
 def suggestions(findings: Sequence[tuple[int, Finding]]) -> list[Repair]:
-    """Returns the repairs that the findings suggest, each once, in their ranked order."""
-    repairs: list[Repair] = []
+    """Returns the repairs that the findings suggest, each once a component, in ranked order."""
+    repairs: dict[tuple[str, str], Repair] = {}
     for _, finding in findings:
-        repairs += [repair for repair in finding.repairs if repair not in repairs]
-    return repairs
+        for repair in finding.repairs:
+            repairs.setdefault((repair.name, repair.component), repair)
+    return list(repairs.values())
 
 
 def _phrases(component: str) -> dict[str, str]:
