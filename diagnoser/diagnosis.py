@@ -144,8 +144,10 @@ def _rule_id(finding: Finding) -> str:
 def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Explained]:
     """Puts every finding under its own first cause, or under that of a finding that explains it.
 
-    An explaining finding must not be less grave than its symptom, nor itself be explained. Where
-    several explain one symptom the gravest does, then the earliest.
+    It explains findings of the faults its rule names, in its own place (a part, the whole), and
+    later, less grave ones anywhere: disturbances spread. An explaining finding must not be less
+    grave than its symptom, nor itself be explained. Where several explain one symptom the gravest
+    does, then the earliest.
     """
     by_gravity = sorted(
         (f for f in findings if rules[_rule_id(f)].explains),
@@ -161,7 +163,7 @@ def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Ex
                 symptom.source != cause.source
                 and symptom.fault in faults
                 and severity_rank(symptom.severity) <= severity_rank(cause.severity)
-                and _related(cause, symptom)
+                and (_related(cause, symptom) or _spread(cause, symptom))
             ):
                 symptoms.setdefault(id(symptom), cause)
     result = []
@@ -175,6 +177,11 @@ def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Ex
         symptom = dataclasses.replace(finding, causes=(Cause(first), *rest))
         result.append(_Explained(symptom, (first, explaining.component), is_symptom=True))
     return result
+
+
+def _spread(cause: Finding, symptom: Finding) -> bool:
+    later = symptom.since_step > cause.since_step
+    return later and severity_rank(symptom.severity) < severity_rank(cause.severity)
 
 
 def _related(cause: Finding, symptom: Finding) -> bool:

@@ -91,6 +91,11 @@ class Watch:
         if os.getpid() == self._process:
             self._monitor.after_backward()
 
+    def before_step(self) -> None:
+        """See `interception.Listener`."""
+        if os.getpid() == self._process:
+            self._monitor.before_step()
+
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """See `interception.Listener`."""
         if os.getpid() == self._process:

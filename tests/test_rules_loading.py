@@ -204,6 +204,13 @@ def test_mistakes_are_named_with_their_place(tmp_path, old, new, place, says):
     assert "\n" not in str(caught.value)
 
 
+def test_an_error_that_quotes_the_file_stays_one_line(tmp_path):
+    text = GOOD.replace('"{component} moves', '"{los\\ns} moves')
+    with pytest.raises(RuleError, match="unknown feature 'los s'") as caught:
+        load_rule(written(tmp_path, text), CATALOGUE)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [

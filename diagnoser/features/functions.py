@@ -248,12 +248,8 @@ def frozen_prefix(s: Source) -> Column:
     return Column.exact(result)
 
 
-def trained_components(s: Source) -> Column:
-    trainable = s.component("trainable").value
-    with np.errstate(invalid="ignore", divide="ignore"):
-        known = ~np.isnan(trainable)
-        share = (np.nan_to_num(trainable) > 0).sum(axis=0) / known.sum(axis=0)
-    return Column.exact(np.where(known.any(axis=0), share, np.nan)[None, :])
+def trained_share(s: Source) -> Column:
+    return Column.exact(mean_over_elements(s, s.component("trainable").value))
 
 
 def negative_curvature_ratio(s: Source) -> Column:
@@ -311,11 +307,15 @@ def first_gradient_ratio(s: Source) -> Column:
 
 
 def zero_gradient_share(s: Source) -> Column:
-    zero = s.component("zero_share").value
+    return Column.exact(mean_over_elements(s, s.component("zero_share").value))
+
+
+def mean_over_elements(s: Source, share: Array) -> Array:
+    """Mean of a share over components by their size, of those it is known of; (1, steps)."""
     sizes = {c.name: c.elements for c in s.recording.components}
-    weight = np.array([[sizes[name]] for name in s.names], dtype=float) * ~np.isnan(zero)
-    total = weight.sum(axis=0, keepdims=True)
-    return Column.exact(quotient((np.nan_to_num(zero) * weight).sum(axis=0, keepdims=True), total))
+    weight = np.array([[sizes[name]] for name in s.names], dtype=float) * ~np.isnan(share)
+    total = (np.nan_to_num(share) * weight).sum(axis=0, keepdims=True)
+    return quotient(total, weight.sum(axis=0, keepdims=True))
 
 
 def accuracy_best(s: Source) -> Column:

@@ -106,7 +106,12 @@ class Source:
 
     @functools.cached_property
     def loss(self) -> Array:
-        """Mean loss of the window that ends at each measured step; NaN with a NaN in it."""
+        """Mean loss of the window that ends at each measured step; NaN with a NaN in it.
+
+        Also NaN where several optimizers step: adversaries have no common loss.
+        """
+        if np.nanmax(self.run("optimizers").value, initial=0.0) > 1:
+            return np.full((1, len(self.steps)), np.nan)  # of rivals; their sum means nothing
         losses = self.recording.losses
         return self.windows(losses.value, losses.step, lambda w: float(np.mean(w)))
 

@@ -20,7 +20,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.utils.hooks import BackwardHook
 
 from diagnoser.errors import UsageError
@@ -35,6 +38,9 @@ class Listener(Protocol):
 
     def after_backward(self) -> None:
         """The backward pass has returned."""
+
+    def before_step(self) -> None:
+        """An optimizer's step begins; a closure may run whole backwards inside it."""
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer has made a real step."""
@@ -112,6 +118,8 @@ class Interception:
             lambda optimizer, *_: listener.after_step(optimizer)
         )
         self._undo.append(handle.remove)
+        begin = register_optimizer_step_pre_hook(lambda *_: listener.before_step())
+        self._undo.append(begin.remove)
 
         self._after(nn.Module, "__init__", lambda module, *_: books.modules.add(module))
         self._after(nn.Module, "__setstate__", lambda module, *_: books.modules.add(module))

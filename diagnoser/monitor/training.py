@@ -78,6 +78,7 @@ class Monitor:
         self._plan = Plan()
         self._sample: Sample | None = None
         self._backwards = 0
+        self._in_step = False
         self._last_backwards = 1
         self._loss: float | Tensor = math.nan
         self._waiting: list[tuple[int, float | Tensor, float]] = []
@@ -99,7 +100,8 @@ class Monitor:
             loss = root if isinstance(root, Tensor) else None
             if loss is None or loss.numel() != 1 or loss.grad_fn is None:
                 return
-            self._note_loss(loss)
+            if self._backwards == 1 or not self._in_step:  # a closure evaluates one loss repeatedly
+                self._note_loss(loss)
             if self._plan and self._backwards == 1:
                 self._measure_before(loss)
 
@@ -113,8 +115,13 @@ class Monitor:
             elif self._plan.follow:
                 self._sample.read_cosine()
 
+    def before_step(self) -> None:
+        """See `interception.Listener`."""
+        self._in_step = True
+
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """See `interception.Listener`."""
+        self._in_step = False
         with self._guard("update"):
             key = id(optimizer)
             self._steps_of[key] = self._steps_of.get(key, 0) + 1
@@ -328,6 +335,7 @@ class Monitor:
                     if id(p) in subject.name_of
                 }
         sample.read_update(rules, optimized if count else None)
+        sample.run("optimizers", float(len(self._steps_of)))
         if note_left and count == 1:  # with several, another one's loss may leave gradients here
             sample.left_gradients = {
                 name: (id(p.grad), p.grad._version)
