@@ -36,7 +36,11 @@ check: $(VENV)/.stamp-test
 	$(BIN)/pytest -m 'not slow'
 
 evidence: $(VENV)/.stamp-test
+	$(BIN)/python -m benchmarks.subject_harm
 	$(BIN)/python -m benchmarks.first_slice
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.example
+	$(BIN)/python -m benchmarks.tables
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache diagnoser-runs
