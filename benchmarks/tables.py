@@ -53,7 +53,7 @@ def evidence() -> str:
 def overhead() -> str:
     """What watching costs, as a table."""
     lines = [
-        "| loop | ms a step | watched / plain, median of 5 (range) | us a step besides guaranteed |",
+        "| loop | ms a step | watched / plain, median of 5 (range) | us a step unguaranteed |",
         "|---|---|---|---|",
     ]
     for name, row in _json("overhead.json").items():

@@ -39,12 +39,17 @@ def times(column: Column, factor: Array) -> Column:
 
 
 def moving_median(values: Array) -> Array:
-    """Median of the last three known values of each row; NaN where none of them is known."""
+    """Median of the last three known values of each row, at the steps where one is known."""
     result = np.full_like(values, np.nan)
-    for r, row in enumerate(values):
-        known = np.flatnonzero(~np.isnan(row))
-        for i, at in enumerate(known):
-            result[r, at] = np.median(row[known[max(0, i - SMOOTHED + 1) : i + 1]])
+    last = np.full((len(values), SMOOTHED), np.nan)  # the three last known values of each row
+    for step, column in enumerate(values.T):
+        known = ~np.isnan(column)
+        last[known] = np.column_stack([last[known, 1:], column[known]])
+        ordered = np.sort(last, axis=1)  # what is missing comes last
+        count = SMOOTHED - np.isnan(last).sum(axis=1)
+        low = ordered[:, 0]
+        middle = np.where(count == 2, (low + ordered[:, 1]) / 2.0, ordered[:, 1])
+        result[known, step] = np.where(count == 1, low, middle)[known]
     return result
 
 

@@ -42,7 +42,7 @@ from diagnoser.vocabulary import MODEL
 Array = NDArray[np.float64]
 
 
-GOOD_PREDICTION = 0.9  # cosine between the predicted and the real step
+GOOD_PREDICTION = 0.99  # cosine between the predicted and the real step
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +66,7 @@ class Sample:
     seconds: float = 0.0
     before: dict[str, Tensor] = field(default_factory=dict)  # parameters before the step
     gradient: dict[str, Tensor] = field(default_factory=dict)  # of the first step, unclipped
+    reached: set[str] = field(default_factory=set)  # parameters that the loss depends on
     update: dict[str, Tensor] = field(default_factory=dict)
     rules: dict[str, StepRule] = field(default_factory=dict)
     along: Along | None = None
@@ -88,6 +89,8 @@ class Sample:
 
     def read_graph(self, reading: GraphReading) -> None:
         """Adds what the graph shows of the loss and of every attention."""
+        names = self.subject.name_of
+        self.reached = {names[id(p)] for p in reading.parameters if id(p) in names}
         if reading.loss is not None:
             self.run("classes", float(reading.loss.classes))
         self.run("probabilities_into_loss", float(reading.probabilities_into_loss is not None))
@@ -127,7 +130,8 @@ class Sample:
         )
         if keep:
             self.gradient = {n: g.detach().clone() for n, g in gradients.items()}
-            self.before = {n: p.detach().clone() for n, p in parameters.items()}
+            # Once a step: another optimizer may have stepped before a second backward.
+            self.before = self.before or {n: p.detach().clone() for n, p in parameters.items()}
 
     def read_weights(self) -> None:
         """Reads weight norms and scale, and what may be trained."""
@@ -142,8 +146,12 @@ class Sample:
     def read_update(
         self, rules: Mapping[str, StepRule], optimized: Mapping[str, bool] | None
     ) -> None:
-        """Reads what the step changed, and how the optimizer takes its steps."""
+        """Reads what the step changed, and how the optimizers take their steps.
+
+        Called after every optimizer's step, each time for all that has changed since the backward.
+        """
         subject, parts = self.subject, self.subject.parts
+        self.rows = [row for row in self.rows if row.quantity not in _UPDATE_QUANTITIES]
         if optimized is not None:
             self.components("optimized", subject.shares(optimized))
         if not self.before:
@@ -158,11 +166,14 @@ class Sample:
         rates = {n: rule.learning_rate for n, rule in rules.items()}
         self.components("learning_rate", subject.per_component(rates))
         self.components("moment_ratio", self._moment_ratio())
-        self.before = {}
-        self._compare_with_prediction()
 
-    def _compare_with_prediction(self) -> None:
-        """Rescales curvature along a predicted step to the step made, or gives the product up."""
+    def settle_update(self) -> None:
+        """Ends the first step: every optimizer has stepped.
+
+        Curvature along a predicted step is rescaled to the step made, or given up where that went
+        another way: the next step then measures it along this one.
+        """
+        self.before = {}
         if self.along is None:
             return
         parts, predicted = self.subject.parts, self.along.direction
@@ -173,7 +184,7 @@ class Sample:
             self.run("predicted_update_cosine", both / math.sqrt(made * square))
             self.add_curvature(both / square)
         else:
-            self.along, self.curved = None, False  # the next step takes it up, along this one
+            self.along, self.curved = None, False
 
     def _moment_ratio(self) -> Array:
         """Root mean square of gradient over Adam's second moment: sqrt(mean(g^2 / v_hat)).
@@ -285,7 +296,8 @@ class Sample:
             return {}
         values = inner_products(self.subject.parts, direction, weighted)
         metric = dict(zip(self.subject.names, values.tolist(), strict=True))
-        metric[MODEL] = float(np.nansum(values))
+        if weighted.keys() == direction.keys():
+            metric[MODEL] = float(np.nansum(values))
         return metric
 
     def read_spectrum(
@@ -386,3 +398,6 @@ class Sample:
 
 
 _GRADIENT_QUANTITIES = {"reached", "gradient_norm", "zero_share", "non_finite_gradient"}
+_UPDATE_QUANTITIES = {
+    "optimized", "update_norm", "update_ratio", "learning_rate", "moment_ratio", "optimizers",
+}  # fmt: skip

@@ -146,7 +146,7 @@ def step_rules(optimizer: torch.optim.Optimizer, name_of: Mapping[int, str]) -> 
             if name is None:
                 continue
             state = optimizer.state.get(parameter, {})
-            second = state.get("exp_avg_sq")
+            second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
             if second is not None and betas is not None:
                 beta1, beta2 = float(betas[0]), float(betas[1])
                 step = float(state.get("step", 0.0))
@@ -168,8 +168,9 @@ def coming_update(
     """Computes the step an optimizer is about to make, from its state and the gradient.
 
     For SGD, Adam and AdamW as torch documents them; None for other classes and for options that
-    change the formula (maximize). What clips or scales gradients before the step is not known
-    here, which is why the prediction is compared with the step afterwards.
+    change the formula (maximize). Gradients that still stand are added to, as backward will do.
+    What clips or scales gradients before the step is not known here, which is why the prediction
+    is compared with the step afterwards.
     """
     kind = type(optimizer)
     if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
@@ -180,9 +181,12 @@ def coming_update(
             return None
         for parameter in group["params"]:
             name = name_of.get(id(parameter))
-            if name is None or name not in gradient:
-                continue
-            g, state = gradient[name], optimizer.state.get(parameter, {})
+            if name is None or (name not in gradient and parameter.grad is None):
+                continue  # the optimizer passes over a parameter without a gradient, too
+            g, state = (
+                _gradient_to_come(parameter, gradient.get(name)),
+                optimizer.state.get(parameter, {}),
+            )
             weight, rate = parameter.detach(), float(group["lr"])
             decay = float(group["weight_decay"])
             decoupled = kind is torch.optim.AdamW or group.get("decoupled_weight_decay", False)
@@ -194,6 +198,16 @@ def coming_update(
                 step = _adam_direction(g, group, state)
             update[name] = -rate * (step + decay * weight if decay and decoupled else step)
     return update
+
+
+def _gradient_to_come(parameter: Tensor, new: Tensor | None) -> Tensor:
+    standing = parameter.grad
+    if standing is None:
+        assert new is not None
+        return new
+    standing = standing.detach()
+    standing = standing if standing.layout == torch.strided else standing.to_dense()
+    return standing if new is None else standing + new
 
 
 def _sgd_direction(g: Tensor, group: Mapping[str, Any], state: Mapping[str, Any]) -> Tensor:

@@ -156,8 +156,10 @@ class Monitor:
 
     def _end_step(self) -> None:
         sample = self._sample
-        if sample is not None and self._plan.statistics and not sample.update:
-            self._read_update((), note_left=False)  # parameters changed by hand
+        if sample is not None and self._plan.statistics:
+            if not sample.update:
+                self._read_update((), note_left=False)  # parameters changed by hand
+            sample.settle_update()
         accuracy = self._right / self._counted if self._counted else math.nan
         self._waiting.append((self.step, self._loss, accuracy))
         if self._plan or isinstance(self._loss, float):
@@ -243,15 +245,14 @@ class Monitor:
     def _measure_before(self, loss: Tensor) -> None:
         plan = self._plan
         if plan.statistics:
-            reading = read_graph(loss, values=False)
-            if self.subject is None or not self.subject.knows(self._real(reading.parameters)):
-                self._find_subject(reading)
-            subject = self.subject
-            assert subject is not None
-            self._sample = sample = Sample(self.step, subject)
-            self._check_left_gradients(sample)
-            with self._quietly(subject):
+            if self.subject is None:
+                self._find_subject(read_graph(loss, values=False))
+            assert self.subject is not None
+            with self._quietly(self.subject):
                 reading = read_graph(loss)
+            if not self.subject.knows(self._real(reading.parameters)):
+                self._find_subject(reading)
+            self._sample = sample = Sample(self.step, self.subject)
             sample.read_graph(reading)
             sample.read_weights()
             if reading.opaque:
@@ -300,7 +301,7 @@ class Monitor:
         if sample.update:
             return {n: d for n, d in sample.update.items() if n in hessian.parameters}
         coming: dict[str, Tensor] = {}
-        gradient = hessian.gradient
+        gradient = {n: g for n, g in hessian.gradient.items() if n in sample.reached}
         for optimizer in self._optimizers():
             update = coming_update(optimizer, gradient, sample.subject.name_of)
             if update is None:

@@ -29,8 +29,8 @@ _SHAPE_ONLY = (
     "T", "Clone", "Contiguous", "Select", "Slice", "Alias", "ToCopy", "Split", "Unbind",
 )  # fmt: skip
 _SOFTMAX = ("SoftmaxBackward", "SafeSoftmaxBackward")
-_MATMUL = ("Bmm", "Mm", "Addmm", "Baddbmm")
-_PARAMETER_OPS = (*_MATMUL, "Convolution", "Embedding", "Linear", "Mv", "Dot")
+_MATMUL = ("Bmm", "Mm", "Mv", "Addmm", "Baddbmm")
+_PARAMETER_OPS = (*_MATMUL, "Convolution", "Embedding", "Linear", "Dot")
 _MAX_ROWS = 65_536  # rows of an attention matrix that are looked at
 _MAX_ELEMENTS = 1_048_576
 
@@ -238,9 +238,33 @@ def _read_softmax(node: Node) -> AttentionStatistics:
     weights = node._saved_result
     dim = node._saved_dim
     dim = dim - 2**64 if dim >= 2**63 else dim  # saved as an unsigned number
-    weights = weights.movedim(dim, -1)
+    visible = _visible(node, weights)
+    visible = visible if visible is None else visible.movedim(dim, -1)
     logits = _largest_logit(_inputs(node)[0], 1.0) if _inputs(node) else math.nan
-    return _statistics(weights, logits, _nearest_parameters(node))
+    return _statistics(weights.movedim(dim, -1), visible, logits, _nearest_parameters(node))
+
+
+def _visible(softmax: Node, weights: Tensor) -> Tensor | None:
+    """Which positions no mask hides, shaped like ``weights``; None where a mask is not saved.
+
+    Weights alone do not tell a hidden position from one whose weight is rounded to zero.
+    """
+    visible = torch.ones_like(weights, dtype=torch.bool)
+    node, reshaped = softmax, False
+    for _ in range(32):
+        if not _inputs(node):
+            return None
+        node = _inputs(node)[0]
+        operation = _operation(node)
+        if operation in _MATMUL:  # a fill that does not hide shows in the weights
+            return None if operation == "Baddbmm" else visible | (weights > 0)
+        if operation == "MaskedFill" and not reshaped:
+            visible = visible & ~node._saved_mask
+        elif _is_shape_only(node):
+            reshaped = True
+        elif operation not in ("Mul", "Div"):
+            return None
+    return None
 
 
 def _read_fused(node: Node) -> AttentionStatistics:
@@ -263,28 +287,30 @@ def _read_fused(node: Node) -> AttentionStatistics:
         rows, columns = logits.shape[-2:]
         hidden = torch.ones(rows, columns, dtype=torch.bool, device=logits.device).triu(1)
         logits = logits.masked_fill(hidden, -math.inf)
-    return _statistics(logits.softmax(dim=-1), largest, _nearest_parameters(node))
+    visible = logits > torch.finfo(query.dtype).min
+    weights = logits.softmax(dim=-1)
+    weights = weights.where(visible.any(dim=-1, keepdim=True), 0.0)  # as the operation has it
+    return _statistics(weights, visible, largest, _nearest_parameters(node))
 
 
 def _statistics(
-    weights: Tensor, largest_logit: float, parameters: tuple[Tensor, ...]
+    weights: Tensor, seen: Tensor | None, largest_logit: float, parameters: tuple[Tensor, ...]
 ) -> AttentionStatistics:
     """Entropy and empty rows of attention weights (..., positions)."""
     length = weights.shape[-1]
-    causal = _is_causal(weights)
-    rows = weights.reshape(-1, length)[: min(_MAX_ROWS, max(1, _MAX_ELEMENTS // length))].float()
+    keep = min(_MAX_ROWS, max(1, _MAX_ELEMENTS // length))
+    rows = weights.reshape(-1, length)[:keep].float()
+    if seen is not None:
+        visible = seen.reshape(-1, length)[:keep].sum(dim=-1)
+    elif _is_causal(weights):
+        visible = torch.arange(rows.shape[0], device=rows.device) % weights.shape[-2] + 1
+    else:  # nothing of the mask was kept
+        visible = (rows > 0).sum(dim=-1).clamp(min=2)
+    # A row that can only see one position has no entropy to speak of.
+    judged = ~torch.isnan(rows).any(dim=-1) & (visible > 1)
+    entropy = torch.special.entr(rows).sum(dim=-1) / visible.clamp(min=2).float().log()
+    share = torch.where(judged, entropy, 0.0).sum() / judged.sum()
     empty = torch.isnan(rows).all(dim=-1)
-    visible = (rows > 0).sum(dim=-1)
-    entropy = torch.special.entr(rows).sum(dim=-1)
-    # A row that can only see one position has no entropy to speak of; one that sees many and puts
-    # everything on one (the rest underflows to exactly 0) has none left.
-    judged = ~torch.isnan(rows).any(dim=-1)
-    if causal:
-        position = torch.arange(rows.shape[0], device=rows.device) % weights.shape[-2]
-        judged &= position > 0
-        visible = position + 1
-    denominator = visible.clamp(min=2).float().log()
-    share = torch.where(judged, entropy / denominator, 0.0).sum() / judged.sum()
     empty_share = float(empty.float().mean()) if math.isfinite(largest_logit) else math.nan
     return AttentionStatistics(parameters, float(share), largest_logit, empty_share)
 
@@ -329,6 +355,7 @@ def _largest_product(node: Node) -> float:
     names = {
         "Bmm": ("_saved_self", "_saved_mat2"),
         "Mm": ("_saved_self", "_saved_mat2"),
+        "Mv": ("_saved_self", "_saved_vec"),
         "Addmm": ("_saved_mat1", "_saved_mat2"),
         "Baddbmm": ("_saved_batch1", "_saved_batch2"),
     }
