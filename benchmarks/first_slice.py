@@ -65,6 +65,7 @@ class Row:
     cause_rank: int | None
     component_first: bool | None  # of local faults only
     first: str
+    autotrainer: str  # the verdict of AutoTrainer's five rules on the same log, as a baseline
 
 
 def truths() -> list[Truth]:
@@ -121,7 +122,9 @@ def watch(truth: Truth, seed: int, directory: Path) -> None:
 
 def judge(truth: Truth, seed: int, directory: Path) -> Row:
     """Diagnoses a recorded run and holds the answer against the truth."""
-    diagnosis = diagnose(read_run(directory), default_rules())
+    recording = read_run(directory)
+    diagnosis = diagnose(recording, default_rules())
+    baseline = diagnose(recording, default_rules(Path("autotrainer")))
     alarms = [f for f in diagnosis.findings if severity_rank(f.severity) >= severity_rank("medium")]
     ranked = list(dict.fromkeys(cause.cause for cause in diagnosis.causes))
     first = diagnosis.causes[0] if diagnosis.causes else None
@@ -134,6 +137,7 @@ def judge(truth: Truth, seed: int, directory: Path) -> Row:
         ranked.index(truth.cause) + 1 if truth.cause in ranked else None,
         first is not None and first.component in truth.components if truth.local else None,
         f"{first.cause} in {first.component}" if first is not None else "",
+        baseline.verdict,
     )
 
 
@@ -148,7 +152,12 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def _counts(name: str, rows: Sequence[Row]) -> dict[str, Any]:
     if all(row.fault == HEALTHY for row in rows):
-        return {"runs": name, "n": len(rows), "alarmed": _rate(row.alarms > 0 for row in rows)}
+        return {
+            "runs": name,
+            "n": len(rows),
+            "alarmed": _rate(row.alarms > 0 for row in rows),
+            "autotrainer": _rate(row.autotrainer == "faulty" for row in rows),
+        }
     return {
         "runs": name,
         "n": len(rows),
@@ -158,6 +167,7 @@ def _counts(name: str, rows: Sequence[Row]) -> dict[str, Any]:
         "component_first": _rate(
             row.component_first for row in rows if row.component_first is not None
         ),
+        "autotrainer": _rate(row.autotrainer == "faulty" for row in rows),
     }
 
 

@@ -31,10 +31,14 @@ def evidence() -> str:
     summary = {line["runs"]: line for line in _json("first_slice.json")["summary"]}
     harm = _json("subject_harm.json")
     lines = [
-        "| runs | called faulty | cause in top 3 | component first | accuracy lost |",
-        "|---|---|---|---|---|",
+        "| runs | called faulty | cause in top 3 | component first | AutoTrainer | accuracy lost |",
+        "|---|---|---|---|---|---|",
     ]
-    lines.append(f"| healthy, both subjects | {_rate(summary['healthy']['alarmed'])} | | | |")
+    healthy = summary["healthy"]
+    lines.append(
+        f"| healthy, both subjects | {_rate(healthy['alarmed'])} | | | "
+        f"{_rate(healthy['autotrainer'])} | |"
+    )
     for name, line in summary.items():
         if "faulty" not in line:
             continue
@@ -45,7 +49,8 @@ def evidence() -> str:
             lost = f"{found['mean_loss']:+.2f} ({found['harm']})"
         lines.append(
             f"| {name.replace('_', ' ')} | {_rate(line['faulty'])} | "
-            f"{_rate(line['cause_in_top_3'])} | {_rate(line['component_first'])} | {lost} |"
+            f"{_rate(line['cause_in_top_3'])} | {_rate(line['component_first'])} | "
+            f"{_rate(line['autotrainer'])} | {lost} |"
         )
     return "\n".join(lines)
 
