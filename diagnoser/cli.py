@@ -6,10 +6,15 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diagnoser import __version__
 from diagnoser.errors import DiagnoserError
+
+if TYPE_CHECKING:
+    from diagnoser.rules import Rule
 
 VERDICT_CODE = {"healthy": 0, "faulty": 1, "inconclusive": 3}
 USAGE = 2
@@ -45,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser(
         "run",
+        allow_abbrev=False,  # an abbreviation of ours may be an option of the script
         help="run a training script with the monitor on it, then diagnose",
         description="Runs an unmodified PyTorch training script with the monitor on it. Options of "
         "diagnoser stand before SCRIPT; everything after it belongs to the script.",
@@ -76,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="exit with 1 if faulty, 3 if inconclusive, when the script itself succeeded",
     )
-    run.add_argument("script", type=Path, metavar="SCRIPT")
+    run.add_argument("script", metavar="SCRIPT")
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARG")
     run.set_defaults(command=_run)
 
@@ -153,13 +159,14 @@ def _end_of_run(outcome: object, *, exit_verdict: bool) -> int:
     from diagnoser.report import print_diagnosis
 
     assert isinstance(outcome, Outcome)
-    if outcome.problem is not None:
-        print(f"diagnoser: {outcome.problem}", file=sys.stderr)
-    if outcome.diagnosis is None:
-        return outcome.exit_code
-    print_diagnosis(outcome.diagnosis, Console(file=sys.__stderr__))
-    print(f"diagnoser: report {outcome.directory}/report.html", file=sys.__stderr__)
-    if outcome.exit_code != 0 or not exit_verdict:
+    with suppress(OSError, ValueError):  # the script may have closed stderr, its exit code counts
+        if outcome.diagnosis is not None:
+            print_diagnosis(outcome.diagnosis, Console(file=sys.__stderr__))
+        if outcome.problem is not None:
+            print(f"diagnoser: {outcome.problem}", file=sys.__stderr__)
+        elif outcome.directory is not None:
+            print(f"diagnoser: report {outcome.directory}/report.html", file=sys.__stderr__)
+    if outcome.diagnosis is None or outcome.exit_code != 0 or not exit_verdict:
         return outcome.exit_code
     return VERDICT_CODE[outcome.diagnosis.verdict]
 
@@ -197,24 +204,27 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _rules_list(_: argparse.Namespace) -> int:
-    from diagnoser.diagnosis import default_rules
-
-    for family in ("diagnoser", "autotrainer"):
-        for rule in default_rules(Path(family)):
-            print(f"{family}/{rule.id:<40} {rule.severity:<9} {rule.status:<13} {rule.title}")
+    for rule in _shipped_rules():
+        name = f"{rule.family}/{rule.id}"
+        print(f"{name:<50} {rule.severity:<9} {rule.status:<13} {rule.title}")
     return 0
 
 
+def _shipped_rules() -> list[Rule]:
+    from diagnoser.features import CATALOGUE
+    from diagnoser.rules import load_rules, shipped_rules_directory
+
+    families = [shipped_rules_directory(family) for family in ("diagnoser", "autotrainer")]
+    return [rule for family in families for rule in load_rules(family, CATALOGUE)]
+
+
 def _rules_show(arguments: argparse.Namespace) -> int:
-    from diagnoser.diagnosis import default_rules
     from diagnoser.errors import UsageError
 
     wanted = arguments.id.rpartition("/")[2]
-    rules = [
-        rule for family in ("diagnoser", "autotrainer") for rule in default_rules(Path(family))
-    ]
+    rules = _shipped_rules()
     for rule in rules:
-        if rule.id == wanted:
+        if arguments.id in (rule.id, f"{rule.family}/{rule.id}"):
             print(rule.path.read_text(encoding="utf-8"), end="")
             return 0
     import difflib

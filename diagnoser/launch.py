@@ -8,6 +8,7 @@ shows only its own frames.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import io
 import os
 import sys
@@ -15,6 +16,7 @@ import traceback
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 from diagnoser.errors import DiagnoserError, UsageError
@@ -31,11 +33,11 @@ class Outcome:
     exit_code: int
     diagnosis: Diagnosis | None
     directory: Path | None
-    problem: str | None = None  # why no diagnosis could be written
+    problem: str | None = None  # why the diagnosis could not be made or written
 
 
 def run_script(
-    script: Path,
+    script: Path | str,
     arguments: Sequence[str],
     *,
     out: Path | None = None,
@@ -46,7 +48,7 @@ def run_script(
     """Runs a script to its end and diagnoses what was seen, however it ended.
 
     Args:
-        script: The Python file.
+        script: The Python file; ``sys.argv[0]`` is spelled as it is here.
         arguments: Its command line.
         out: Run directory; a new one under ``diagnoser-runs/`` if left out.
         overhead: See `session.watch`.
@@ -58,20 +60,21 @@ def run_script(
         RuleError: A rule file that cannot be used.
         RunLogError: The run directory cannot be written.
     """
-    code = _compiled(script)
+    path = Path(script)
+    code = _compiled(path)
     header = {"script": str(script), "arguments": list(arguments), "python": sys.version.split()[0]}
     watch = Watch(
         out,
         overhead=overhead,
         every=every,
         rules=rules,
-        name=script.stem or "run",
+        name=path.stem or "run",
         header=header,
         announce=to_stderr(),
     )
     process = os.getpid()
     with watch:
-        exit_code = _run_as_main(code, script, arguments)
+        exit_code = _run_as_main(code, str(script), arguments)
         if os.getpid() != process:  # a forked child that ran to the end of the script
             sys.exit(exit_code)
         watch.finish(exit_code)
@@ -79,8 +82,11 @@ def run_script(
         return Outcome(exit_code, None, None)
     try:
         return Outcome(exit_code, watch.diagnose(), watch.directory)
-    except DiagnoserError as error:
-        return Outcome(exit_code, None, watch.directory, str(error))
+    except DiagnoserError as error:  # a full disk is no reason not to say what was found
+        return Outcome(exit_code, watch.diagnose(write=False), watch.directory, str(error))
+    except Exception as error:  # a mistake of ours: the script's exit code still counts
+        problem = f"{watch.directory}: no diagnosis could be made ({error!r}); the log is kept"
+        return Outcome(exit_code, None, watch.directory, problem)
 
 
 def _compiled(script: Path) -> types.CodeType:
@@ -90,7 +96,7 @@ def _compiled(script: Path) -> types.CodeType:
         raise UsageError(f"{script}: a directory; give the path of a Python file in it")
     try:
         with io.open_code(str(script.absolute())) as file:
-            return compile(file.read(), str(script), "exec", dont_inherit=True)
+            return compile(file.read(), str(script.absolute()), "exec", dont_inherit=True)
     except OSError as error:
         raise UsageError(f"{script}: cannot be read ({error.strerror})") from None
     except SyntaxError as error:
@@ -100,15 +106,20 @@ def _compiled(script: Path) -> types.CodeType:
         raise UsageError(f"{script}: not a Python script ({error})") from None
 
 
-def _run_as_main(code: types.CodeType, script: Path, arguments: Sequence[str]) -> int:
+def _run_as_main(code: types.CodeType, script: str, arguments: Sequence[str]) -> int:
     """Executes code as ``__main__`` and returns the exit code plain Python would have given."""
+    file = code.co_filename
     main = types.ModuleType("__main__")
     main.__dict__.update(
-        __file__=str(script), __builtins__=builtins, __spec__=None, __cached__=None
+        __file__=file,
+        __builtins__=builtins,
+        __loader__=SourceFileLoader("__main__", file),
+        __spec__=None,
+        __cached__=None,
     )
     sys.modules["__main__"] = main
-    sys.argv = [str(script), *arguments]
-    sys.path[0] = str(script.absolute().parent)
+    sys.argv = [script, *arguments]
+    sys.path[0] = str(Path(file).resolve().parent)
     try:
         exec(code, main.__dict__)
     except SystemExit as stop:
@@ -129,22 +140,40 @@ def _exit_code(code: object) -> int:
         return 0
     if isinstance(code, int):
         return code & 0xFF
-    print(code, file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # a script may have closed its stderr
+        print(code, file=sys.stderr)
     return 1
 
 
 def _print_exception(error: BaseException) -> None:
-    """Shows the traceback that plain Python would show: without our frame at its top."""
-    trace = error.__traceback__.tb_next if error.__traceback__ is not None else None
+    """Shows the traceback that plain Python would show: without frames of ours."""
+    linked, seen = [error], set[int]()
+    while linked:
+        one = linked.pop()
+        if id(one) not in seen:  # `raise error from error` is its own cause
+            seen.add(id(one))
+            one.__traceback__ = _without_ours(one.__traceback__)
+            linked += [e for e in (one.__cause__, one.__context__) if e is not None]
     try:
-        sys.excepthook(type(error), error, trace)
+        sys.excepthook(type(error), error, error.__traceback__)
     except Exception:  # a script's own excepthook that fails
-        traceback.print_exception(type(error), error, trace)
+        with contextlib.suppress(OSError, ValueError):
+            traceback.print_exception(error)
+
+
+def _without_ours(trace: types.TracebackType | None) -> types.TracebackType | None:
+    """Returns a traceback but for the frames of this package."""
+    links, kept = [], None
+    while trace is not None:
+        links.append(trace)
+        trace = trace.tb_next
+    for link in reversed(links):
+        if link.tb_frame.f_globals.get("__name__", "").partition(".")[0] != "diagnoser":
+            kept = types.TracebackType(kept, link.tb_frame, link.tb_lasti, link.tb_lineno)
+    return kept
 
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # None, full, closed
             stream.flush()
-        except (OSError, ValueError):
-            continue

@@ -19,7 +19,8 @@ from diagnoser.diagnosis import default_rules, diagnose
 from diagnoser.errors import DiagnoserError, RunLogError, UsageError
 from diagnoser.monitor import Interception, Monitor, Schedule
 from diagnoser.report import finding_line, write_run
-from diagnoser.runlog import Recording, RunLogWriter
+from diagnoser.rules import Rule
+from diagnoser.runlog import Recording, RecordingBuilder, RunLogWriter
 from diagnoser.types import Diagnosis, Finding
 from diagnoser.vocabulary import severity_rank
 
@@ -58,10 +59,12 @@ class Watch:
             raise UsageError(f"every={every}: a measurement takes two steps; give 2 or more")
         self.directory: Path | None = None
         self._off = switched_off()
+        self._finished = False
         self._announce = announce
         self._known: set[tuple[str, str, str | None]] = set()
         self._looked_s, self._looks = 0.0, 0
         self._process = os.getpid()
+        self._rules: tuple[Rule, ...] = ()
         if self._off:
             return
         self._rules = default_rules(None if rules is None else Path(rules))
@@ -118,9 +121,10 @@ class Watch:
         self.finish(None if kind is None else 1)
 
     def finish(self, exit_code: int | None) -> None:
-        """Ends the log; nothing is watched afterwards."""
-        if self._off:
+        """Ends the log, once; nothing is recorded afterwards."""
+        if self._off or self._finished:
             return
+        self._finished = True
         if self._monitor.step == 0 and not self._monitor.measurements:
             self._log.event(0, "nothing_seen", self._why_nothing(), {})
         self._monitor.finish(exit_code)
@@ -140,26 +144,23 @@ class Watch:
 
     @property
     def log(self) -> Recording:
-        """What was recorded so far.
-
-        Raises:
-            UsageError: Watching is switched off.
-        """
+        """What was recorded so far; empty while watching is switched off."""
         if self._off:
-            raise UsageError("DIAGNOSER_OFF is set: nothing was recorded")
+            return _nothing()
         return self._log.recording()
 
-    def diagnose(self) -> Diagnosis:
+    def diagnose(self, *, write: bool = True) -> Diagnosis:
         """Diagnoses what was recorded so far, and writes diagnosis and report beside the log.
 
+        While watching is switched off it is inconclusive, and nothing is written.
+
         Raises:
-            UsageError: Watching is switched off.
             DiagnoserError: The run directory cannot be written.
         """
         recording = self.log
         diagnosis = diagnose(recording, self._rules)
-        assert self.directory is not None
-        write_run(diagnosis, recording, self.directory)
+        if write and self.directory is not None:
+            write_run(diagnosis, recording, self.directory)
         return diagnosis
 
     def _look_for_findings(self) -> None:
@@ -187,14 +188,28 @@ class Watch:
             self._announce(line)
 
 
+def _nothing() -> Recording:
+    builder = RecordingBuilder({"run": "off", "header": {}})
+    message = "watching is switched off: DIAGNOSER_OFF is set"
+    event = {"record": "event", "step": 0, "kind": "nothing_seen", "message": message, "data": {}}
+    builder.add(event)
+    return builder.recording()
+
+
 def new_run_directory(name: str) -> Path:
-    """Returns a directory for a run that does not exist yet, under ``diagnoser-runs/``."""
+    """Makes a directory for a run under ``diagnoser-runs/``; no two runs get the same one."""
     stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
     first = Path("diagnoser-runs") / f"{name}-{stamp}"
     path, count = first, 2
-    while path.exists():
-        path, count = first.with_name(f"{first.name}-{count}"), count + 1
-    return path
+    while True:
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            path, count = first.with_name(f"{first.name}-{count}"), count + 1
+        except OSError:  # the run log, which is about to be made there, says why
+            return path
+        else:
+            return path
 
 
 def to_stderr() -> Callable[[str], None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
 import os
 import random
 import subprocess
@@ -27,7 +26,9 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import BackwardHook
 
-from diagnoser.runlog import Recording
+from diagnoser.curvature import Hessian
+from diagnoser.monitor import sample, training
+from diagnoser.runlog import Recording, read_run
 from diagnoser.session import Watch
 
 ROOT = Path(__file__).parent.parent
@@ -559,3 +560,269 @@ def test_same_bits_with_and_without(name: str, every: int | None, tmp_path: Path
     assert ("update_curvature" in seen) == (name not in WITHOUT_CURVATURE)
     if every and name not in WITHOUT_CURVATURE:
         assert {"trace", "lambda_max", "gradient_curvature"} <= seen
+
+
+def test_the_digest_notices_a_single_random_number(tmp_path: Path) -> None:
+    expected, _ = run(SITUATIONS["batch_norm"])
+
+    def disturbed(trace: Trace) -> None:
+        SITUATIONS["batch_norm"](trace)
+        random.random()
+
+    assert run(SITUATIONS["batch_norm"])[0] == expected
+    assert run(disturbed)[0] != expected
+
+
+# -- failures ---------------------------------------------------------------------------------
+
+
+def failing(original: Callable[..., Any], chance: random.Random, kind: type[Exception]) -> Any:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if chance.random() < 0.4:
+            raise kind("injected")
+        return result
+
+    return function
+
+
+def failing_product(kind: type[BaseException]) -> Callable[..., Any]:
+    def product(*_: Any) -> Any:
+        torch.rand(3), np.random.rand(), random.random()  # noqa: NPY002
+        raise kind("injected")
+
+    return product
+
+
+BREAKABLE = (
+    (training, "read_graph"),
+    (training, "coming_update"),
+    (training, "step_rules"),
+    (training, "find_models"),
+    (training, "user_place"),
+    (sample, "norms"),
+    (sample, "inner_products"),
+    (sample, "row_curvature"),
+    (sample, "hutchinson_trace"),
+    (sample, "extreme_eigenvalues"),
+    (sample, "coupling_matrix"),
+)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, MemoryError])
+@pytest.mark.parametrize(("module", "name"), BREAKABLE)
+def test_same_bits_when_the_monitor_fails(
+    module: Any, name: str, kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = run(SITUATIONS["fused_attention"])
+    broken = failing(getattr(module, name), random.Random(1), kind)
+    monkeypatch.setattr(module, name, broken)
+    watched, recording = run(SITUATIONS["fused_attention"], tmp_path / "run", every=2)
+    assert watched == expected
+    assert any("injected" in message for message in events(recording, "monitor_error"))
+
+
+@pytest.mark.parametrize("name", ["fused_attention", "checkpoint", "hooks", "retained_gradients"])
+def test_same_bits_when_a_product_fails_half_way(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = run(SITUATIONS[name])
+    monkeypatch.setattr(Hessian, "product", failing_product(MemoryError))
+    watched, recording = run(SITUATIONS[name], tmp_path / "run", every=2)
+    assert watched == expected
+    assert events(recording, "monitor_error")
+    assert "gradient_norm" in quantities(recording)
+
+
+def test_a_keyboard_interrupt_inside_a_measurement_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = convolutions()
+    monkeypatch.setattr(Hessian, "product", failing_product(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt), Watch(tmp_path / "run", every=2):
+        inputs, labels = images()
+        loss = F.cross_entropy(checkpoint(model, inputs, use_reentrant=False), labels)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        random_state = torch.get_rng_state()
+        optimizer = SGD(model.parameters(), lr=0.1)
+        loss.backward()
+    assert not optimizer.state
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+# -- taking everything back -------------------------------------------------------------------
+
+PATCHED = (
+    (torch.autograd, "backward"),
+    (nn.Module, "__init__"),
+    (nn.Module, "__setstate__"),
+    (torch.optim.Optimizer, "__init__"),
+    (Tensor, "retain_grad"),
+    (Tensor, "register_hook"),
+    (BackwardHook, "__init__"),
+    (torch.amp.grad_scaler.GradScaler, "scale"),
+)
+
+
+def patched() -> list[Any]:
+    hooks = dict(torch_optimizer._global_optimizer_post_hooks)
+    return [*(vars(owner).get(name) for owner, name in PATCHED), hooks]
+
+
+def interrupted(trace: Trace) -> None:
+    SITUATIONS["hooks"](trace)
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("name", ["fused_attention", "hooks", "scaled_bfloat16"])
+def test_every_patch_is_taken_back(name: str, tmp_path: Path) -> None:
+    original = patched()
+    with Watch(tmp_path / "run", every=2):
+        assert all(now is not old for now, old in zip(patched(), original, strict=True))
+        SITUATIONS[name](Trace())
+    assert patched() == original
+
+
+def test_every_patch_is_taken_back_when_the_loop_fails(tmp_path: Path) -> None:
+    original = patched()
+    with pytest.raises(ZeroDivisionError):
+        run(interrupted, tmp_path / "run", every=2)
+    assert patched() == original
+
+
+def test_switched_off_nothing_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIAGNOSER_OFF", "1")
+    original, out = patched(), tmp_path / "run"
+    with Watch(out, every=2) as watch:
+        assert patched() == original
+        SITUATIONS["han_adamw"](Trace())
+    assert watch.directory is None
+    assert not out.exists()
+
+
+# -- what counts as a step --------------------------------------------------------------------
+
+
+def losses_of(recording: Recording) -> int:
+    return len(recording.losses.step)
+
+
+def test_one_training_after_another_keeps_counting(tmp_path: Path) -> None:
+    def folds(trace: Trace) -> None:
+        for _ in range(3):
+            SITUATIONS["adam_amsgrad"](trace)
+
+    _, recording = run(folds, tmp_path / "run", every=2)
+    assert losses_of(recording) == 3 * STEPS
+
+
+def test_an_optimizer_that_comes_back_keeps_counting(tmp_path: Path) -> None:
+    def phases(trace: Trace) -> None:
+        model = perceptron()
+        first, second = momentum(model), adamw(model)
+        trace.built(model, first, second)
+        for optimizer in (first, second, first):
+            for _ in range(STEPS):
+                inputs, labels = points()
+                optimizer.zero_grad()
+                F.cross_entropy(model(inputs), labels).backward()
+                optimizer.step()
+
+    _, recording = run(phases, tmp_path / "run", every=2)
+    assert 3 * STEPS - 1 <= losses_of(recording) <= 3 * STEPS  # one may be lost at the return
+
+
+def test_accumulated_backwards_are_one_step(tmp_path: Path) -> None:
+    _, recording = run(accumulation, tmp_path / "run", every=2)
+    assert losses_of(recording) == STEPS
+
+
+def test_a_loss_inside_a_checkpoint_is_not_computed_again_on_unmeasured_steps(
+    tmp_path: Path,
+) -> None:
+    calls: list[int] = []
+
+    def situation(trace: Trace) -> None:
+        model = convolutions()
+        optimizer = adamw(model)
+        trace.built(model, optimizer)
+
+        def loss_of(inputs: Tensor, labels: Tensor) -> Tensor:
+            calls.append(len(trace.values))
+            return F.cross_entropy(model(inputs), labels)
+
+        for _ in range(STEPS):
+            loss = checkpoint(loss_of, *images(), use_reentrant=False)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            trace.values.append(loss.item())
+
+    expected, _ = run(situation)
+    calls.clear()
+    watched, _ = run(situation, tmp_path / "run", every=4)
+    assert watched == expected
+    assert calls.count(0) > 2  # measured
+    assert calls.count(2) == calls.count(3) == 2  # the forward, and again in the backward
+
+
+# -- across processes -------------------------------------------------------------------------
+
+TRAINS_AND_SAVES = """
+import torch
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+for p in model.parameters():
+    p.register_hook(lambda g: g)
+optimizer = torch.optim.AdamW(model.parameters())
+for _ in range(8):
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(model(torch.randn(6, 3)), torch.arange(6) % 2).backward()
+    optimizer.step()
+torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "states.pt")
+torch.save(torch.nn.Sequential(model[0], model[1]), "whole.pt")
+"""
+LOADS_WITHOUT_US = """
+import sys
+sys.modules["diagnoser"] = None
+import torch
+states = torch.load("states.pt", weights_only=True)
+print(sum(float(v.double().sum()) for v in states["model"].values()), states["optimizer"])
+print(torch.load("whole.pt", weights_only=False))
+"""
+
+
+def python(*arguments: str, where: Path) -> subprocess.CompletedProcess[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=where, env=environment, capture_output=True, check=False
+    )
+
+
+def test_a_checkpoint_saved_under_watch_loads_without_the_tool(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(TRAINS_AND_SAVES)
+    (tmp_path / "load.py").write_text(LOADS_WITHOUT_US)
+    assert python("train.py", where=tmp_path).returncode == 0
+    expected = python("load.py", where=tmp_path)
+    (tmp_path / "states.pt").unlink()
+    (tmp_path / "whole.pt").unlink()
+    command = ("-m", "diagnoser.cli", "run", "--out", "run", "--every", "2", "train.py")
+    assert python(*command, where=tmp_path).returncode == 0
+    assert expected.returncode == 0
+    assert python("load.py", where=tmp_path).stdout == expected.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", [("--every", "3"), ()])
+def test_a_script_prints_the_same_bytes(schedule: tuple[str, ...], tmp_path: Path) -> None:
+    script = str(ROOT / "benchmarks" / "subjects" / "transformer.py")
+    arguments = (script, "--epochs", "1", "--steps", "30")
+    plain_run = python(*arguments, where=tmp_path)
+    watched = python(
+        "-m", "diagnoser.cli", "run", "--out", "run", *schedule, *arguments, where=tmp_path
+    )
+    assert plain_run.returncode == watched.returncode == 0
+    assert plain_run.stdout == watched.stdout
+    assert b"accuracy" in watched.stdout
+    assert "update_curvature" in quantities(read_run(tmp_path / "run"))

@@ -209,6 +209,8 @@ class Hessian:
             values = [chunk[name] for chunk in found if name in chunk]
             if values:
                 total = functools.reduce(torch.add, values)
+                if total.layout != torch.strided:  # rows of a sparse embedding
+                    total = total.to_dense()
                 mean[name] = total if factor == 1.0 else total * factor
             else:
                 parameter = self.parameters[name]

@@ -3,7 +3,7 @@
 One function is replaced (`torch.autograd.backward`, which `Tensor.backward`, Lightning, Hugging
 Face and accelerate all look up when they are called), one global optimizer post-hook is the clock,
 and some constructors keep books: which modules and optimizers exist, which tensors retain a
-gradient, by what a `GradScaler` multiplied a loss. The forward is not touched.
+gradient or have a hook, by what a `GradScaler` multiplied a loss. The forward is not touched.
 
 On unmeasured steps this costs a few Python calls a step (benchmarks/overhead.py).
 """
@@ -11,9 +11,11 @@ On unmeasured steps this costs a few Python calls a step (benchmarks/overhead.py
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -83,15 +85,22 @@ class Books:
     modules: References[nn.Module]
     optimizers: References[torch.optim.Optimizer]
     retaining: References[Tensor]
+    tensor_hooks: References[OrderedDict[int, Any]]  # autograd holds the dictionaries themselves
     backward_hooks: References[BackwardHook]
     optimizer_places: dict[int, Where]  # id of an optimizer -> where it was made
+
+    def note_living_modules(self) -> None:
+        """Adds the modules that are older than the watch: 0.1 s and more, so only on need."""
+        for thing in gc.get_objects():
+            if issubclass(type(thing), nn.Module):  # isinstance asks proxies, which may be dead
+                self.modules.add(thing)
 
 
 class Interception:
     """Installs the patches on entry, takes every one of them back on exit."""
 
     def __init__(self, listener: Listener) -> None:
-        self.books = Books(References(), References(), References(), References(), {})
+        self.books = Books(References(), References(), References(), References(), References(), {})
         self._listener = listener
         self._thread = threading.get_ident()
         self._undo: list[Callable[[], None]] = []
@@ -125,6 +134,7 @@ class Interception:
         self._after(nn.Module, "__setstate__", lambda module, *_: books.modules.add(module))
         self._after(torch.optim.Optimizer, "__init__", self._note_optimizer)
         self._after(Tensor, "retain_grad", lambda tensor, *_: books.retaining.add(tensor))
+        self._after(Tensor, "register_hook", self._note_tensor_hook)
         self._after(BackwardHook, "__init__", lambda hook, *_: books.backward_hooks.add(hook))
         self._note_scaled_losses()
         return self
@@ -165,6 +175,10 @@ class Interception:
         place = user_place()
         if place is not None:
             self.books.optimizer_places[id(optimizer)] = place
+
+    def _note_tensor_hook(self, tensor: Tensor, *_: object) -> None:
+        if isinstance(tensor._backward_hooks, OrderedDict):
+            self.books.tensor_hooks.add(tensor._backward_hooks)
 
     def _note_scaled_losses(self) -> None:
         scaler = torch.amp.grad_scaler.GradScaler

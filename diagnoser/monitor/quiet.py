@@ -20,22 +20,24 @@ def quiet(
 ) -> Iterator[None]:
     """Holds everything a measurement could disturb and puts it back, also after an exception.
 
-    Held: random states (torch CPU and CUDA, numpy, random), buffers (recomputation under
-    checkpointing runs batch norm again), the user's gradient hooks (they count, draw random
-    numbers, change gradients), gradients retained on activations (they would double), the delayed
-    all-reduce of DDP's static graph. Autocast and anomaly detection are off inside, gradient mode
-    is on.
+    Held: random states (torch CPU and CUDA, numpy, random), buffers and plain numbers of modules
+    (recomputation under checkpointing runs batch norm and counters again), the user's gradient
+    hooks (they count, draw random numbers, change gradients), gradients retained on activations
+    (they would double), the delayed all-reduce of DDP's static graph. Autocast and anomaly
+    detection are off inside, gradient mode is on.
 
     Args:
         books: Notes of the interception: who retains gradients, which module hooks wait.
-        modules: All modules whose buffers may change.
+        modules: All modules whose state a recomputation may change.
         parameters: Parameters whose hooks are kept still.
     """
     with ExitStack() as undo:
         undo.callback(_hold_random_states())
-        _hold_buffers(undo, modules)
+        _hold_modules(undo, modules)
         for parameter in parameters:
             _empty(undo, parameter._backward_hooks)
+        for hooks in books.tensor_hooks:
+            _empty(undo, hooks)
         for hook in books.backward_hooks:
             undo.callback(setattr, hook, "user_hooks", hook.user_hooks)
             undo.callback(setattr, hook, "user_pre_hooks", hook.user_pre_hooks)
@@ -68,22 +70,27 @@ def _hold_random_states() -> Any:
     return restore
 
 
-def _hold_buffers(undo: ExitStack, modules: Iterable[nn.Module]) -> None:
-    held: dict[int, tuple[Tensor, Tensor, int]] = {}
+def _hold_modules(undo: ExitStack, modules: Iterable[nn.Module]) -> None:
+    held: dict[int, tuple[Tensor, Tensor]] = {}
     for module in modules:
+        state = vars(module)
+        undo.callback(state.update, {k: v for k, v in state.items() if isinstance(v, int | float)})
+        if isinstance(module._buffers, dict):  # a scripted module has none of its own
+            undo.callback(module._buffers.update, dict(module._buffers))
         if module.__class__.__name__ == "DistributedDataParallel":
             flag = "_static_graph_delay_allreduce_enqueued"
             if hasattr(module, flag):
                 undo.callback(setattr, module, flag, getattr(module, flag))
                 setattr(module, flag, True)
-        for buffer in module._buffers.values():
-            if buffer is not None and id(buffer) not in held:
-                held[id(buffer)] = (buffer, buffer.detach().clone(), buffer._version)
+        for buffer in module.buffers(recurse=False):
+            if id(buffer) not in held:
+                held[id(buffer)] = (buffer, buffer.detach().clone())
 
     def restore() -> None:
-        for buffer, saved, version in held.values():
-            if buffer._version != version:
-                buffer.data.copy_(saved)  # through .data: the user's graph may have saved it
+        # All of them: batch norm changes its statistics without raising their version. Through
+        # .data: the user's graph may have saved them.
+        for buffer, saved in held.values():
+            buffer.data.copy_(saved)
 
     undo.callback(restore)
 

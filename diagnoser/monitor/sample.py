@@ -33,8 +33,10 @@ from diagnoser.statistics import (
     GraphReading,
     cosines,
     inner_products,
+    non_finite_counts,
     nonzero_shares,
     norms,
+    sums,
 )
 from diagnoser.types import Component, Estimate, Measurement
 from diagnoser.vocabulary import MODEL
@@ -117,17 +119,11 @@ class Sample:
         parameters, parts = self.subject.parameters, self.subject.parts
         gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
         size = norms(parts, gradients)
-        finite = np.where(np.isnan(size), np.nan, 0.0)
         self.rows = [row for row in self.rows if row.quantity not in _GRADIENT_QUANTITIES]
         self.components("reached", self.subject.shares(dict.fromkeys(gradients, True)))
         self.components("gradient_norm", np.where(np.isfinite(size), size, np.nan))
         self.components("zero_share", 1.0 - nonzero_shares(parts, gradients))
-        bad = np.array([not np.isfinite(s) for s in size]) & ~np.isnan(finite)
-        has_gradient = self.subject.shares(dict.fromkeys(gradients, True)) > 0
-        self.components(
-            "non_finite_gradient",
-            np.where(has_gradient, (bad | np.isnan(size)).astype(float), np.nan),
-        )
+        self.components("non_finite_gradient", non_finite_counts(parts, gradients))
         if keep:
             self.gradient = {n: g.detach().clone() for n, g in gradients.items()}
             # Once a step: another optimizer may have stepped before a second backward.
@@ -138,7 +134,7 @@ class Sample:
         subject = self.subject
         size = norms(subject.parts, subject.parameters)
         self.components("weight_norm", np.where(np.isfinite(size), size, np.nan))
-        self.components("non_finite_weight", (~np.isfinite(size)).astype(float))
+        self.components("non_finite_weight", non_finite_counts(subject.parts, subject.parameters))
         self.components("weight_scale", subject.weight_scale(size))
         trainable = {n: p.requires_grad for n, p in subject.parameters.items()}
         self.components("trainable", subject.shares(trainable))
@@ -201,15 +197,11 @@ class Sample:
                 continue
             known = rule.second_moment > rule.eps**2
             counts[name] = known.float()
-            square = (
-                gradient.detach().to_dense() ** 2 if gradient.is_sparse else gradient.detach() ** 2
-            )
-            ratios[name] = torch.where(known, square / rule.second_moment, 0.0)
+            dense = gradient.detach().to_dense()
+            ratios[name] = torch.where(known, dense * dense / rule.second_moment, 0.0)
         if not ratios:
             return np.full(len(self.subject.components), np.nan)
-        ones = {n: torch.ones_like(c) for n, c in counts.items()}
-        total = inner_products(self.subject.parts, ratios, ones)
-        count = inner_products(self.subject.parts, counts, ones)
+        total, count = sums(self.subject.parts, ratios), sums(self.subject.parts, counts)
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.sqrt(np.where(count > 0, total / count, np.nan))
 
@@ -380,7 +372,7 @@ class Sample:
         method: str | None = None,
         other: str | None = None,
     ) -> None:
-        if not math.isfinite(estimate.value):
+        if not math.isfinite(estimate.value * factor):
             return
 
         def times(error: float | None) -> float | None:

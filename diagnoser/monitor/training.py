@@ -84,6 +84,7 @@ class Monitor:
         self._waiting: list[tuple[int, float | Tensor, float]] = []
         self._right = self._counted = 0
         self._steps_of: dict[int, int] = {}
+        self._stepped: set[int] = set()  # optimizers, in the running step
         self._announced_non_finite = False
         self._place: Where | None = None
 
@@ -123,8 +124,12 @@ class Monitor:
         """See `interception.Listener`."""
         self._in_step = False
         with self._guard("update"):
+            self._books.optimizers.add(optimizer)  # it may be older than the watch
             key = id(optimizer)
-            self._steps_of[key] = self._steps_of.get(key, 0) + 1
+            # One that appears or comes back late (a second phase, the next fold) counts from here.
+            again = key in self._stepped
+            self._steps_of[key] = self.step + 1 if again else self._steps_of.get(key, self.step) + 1
+            self._stepped.add(key)
             if self._sample is not None and self._plan.statistics:
                 self._read_update(self._optimizers(), note_left=True)
 
@@ -167,6 +172,7 @@ class Monitor:
         if sample is not None and self._plan.follow:
             self._write(sample)
         self._last_backwards, self._backwards = self._backwards, 0
+        self._stepped.clear()
         self.step += 1
 
     def _write(self, sample: Sample) -> None:
@@ -234,6 +240,8 @@ class Monitor:
         node: Any = loss.grad_fn
         if node is None or node.name() != "NllLossBackward0":
             return
+        if getattr(node._raw_saved_self, "unpack_hook", None) is not None:
+            return  # under checkpointing, looking would compute the forward again
         scores, target = node._saved_self, node._saved_target
         if scores.ndim != 2 or scores.numel() > LARGE_SCORES:
             return
@@ -292,6 +300,9 @@ class Monitor:
                 if self._plan.spectrum or self._plan.interaction:
                     sample.read_gradient_curvature(hessian, method)
                 if self._plan.spectrum:
+                    if not sample.rules:  # as they stand before the first step
+                        for optimizer in self._optimizers():
+                            sample.rules |= step_rules(optimizer, subject.name_of)
                     sample.read_spectrum(hessian, self._chosen(sample, hessian), self._generator)
                 if self._plan.interaction:
                     sample.read_interaction(hessian, direction, method)
@@ -382,7 +393,11 @@ class Monitor:
         if self._models is not None:
             models, free = dict(self._models), dict[str, Tensor]()
         else:
-            models, free = find_models(self._books.modules, parameters, list(self._optimizers()))
+            optimizers = list(self._optimizers())
+            models, free = find_models(self._books.modules, parameters, optimizers)
+            if free:
+                self._books.note_living_modules()
+                models, free = find_models(self._books.modules, parameters, optimizers)
         self.subject = Subject(models, free)
         self.log.components(self.step, (*self.subject.components, *self.subject.layers), {})
         self._place = user_place()
@@ -405,7 +420,8 @@ class Monitor:
     # -- keeping out of the way ------------------------------------------------------------------
 
     def _quietly(self, subject: Subject) -> Any:
-        return quiet(self._books, subject.modules, list(subject.parameters.values()))
+        modules = {id(m): m for m in (*subject.modules, *self._books.modules)}
+        return quiet(self._books, modules.values(), list(subject.parameters.values()))
 
     @contextmanager
     def _guard(self, what: str) -> Iterator[None]:

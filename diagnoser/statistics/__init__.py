@@ -5,7 +5,15 @@ and one read-out, so that a device is synchronised once a measurement.
 """
 
 from diagnoser.statistics.graph import AttentionStatistics, GraphReading, LossReading, read_graph
-from diagnoser.statistics.norms import PartList, cosines, inner_products, nonzero_shares, norms
+from diagnoser.statistics.norms import (
+    PartList,
+    cosines,
+    inner_products,
+    non_finite_counts,
+    nonzero_shares,
+    norms,
+    sums,
+)
 
 __all__ = [
     "AttentionStatistics",
@@ -14,7 +22,9 @@ __all__ = [
     "PartList",
     "cosines",
     "inner_products",
+    "non_finite_counts",
     "nonzero_shares",
     "norms",
     "read_graph",
+    "sums",
 ]

@@ -213,10 +213,10 @@ def _multiplies_values(node: Node, consumers: dict[Node, list[Node]]) -> bool:
     return False
 
 
-def _nearest_parameters(start: Node) -> tuple[Tensor, ...]:
-    """The parameters of the first operations with weights that ``start`` depends on."""
+def _nearest_parameters(*starts: Node) -> tuple[Tensor, ...]:
+    """The parameters of the first operations with weights that ``starts`` depend on."""
     found: dict[int, Tensor] = {}
-    queue, seen = deque([start]), {start}
+    queue, seen = deque(starts), set(starts)
     while queue:
         node = queue.popleft()
         own = [
@@ -290,7 +290,7 @@ def _read_fused(node: Node) -> AttentionStatistics:
     visible = logits > torch.finfo(query.dtype).min
     weights = logits.softmax(dim=-1)
     weights = weights.where(visible.any(dim=-1, keepdim=True), 0.0)  # as the operation has it
-    return _statistics(weights, visible, largest, _nearest_parameters(node))
+    return _statistics(weights, visible, largest, _nearest_parameters(*_inputs(node)[:2]))
 
 
 def _statistics(

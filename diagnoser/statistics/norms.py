@@ -61,6 +61,28 @@ def norms(parts: PartList, tensors: Tensors) -> Array:
 
 
 @torch.no_grad()
+def sums(parts: PartList, tensors: Tensors) -> Array:
+    """Sum of the entries of every component's share of ``tensors``; (components,)."""
+    owners, (views,) = parts.select(tensors)
+    if not views:
+        return np.full(parts.components, np.nan)
+    return parts.add_up(owners, _read([view.sum() for view in views]))
+
+
+@torch.no_grad()
+def non_finite_counts(parts: PartList, tensors: Tensors) -> Array:
+    """How many entries are NaN or infinite, per component; (components,)."""
+    owners, (views,) = parts.select(tensors)
+    if not views:
+        return np.full(parts.components, np.nan)
+    suspect = np.flatnonzero(~np.isfinite(_read(torch._foreach_norm(views))))
+    counts = np.zeros(len(views))
+    if len(suspect):
+        counts[suspect] = _read([(~views[i].isfinite()).sum() for i in suspect])
+    return parts.add_up(owners, counts)
+
+
+@torch.no_grad()
 def inner_products(parts: PartList, left: Tensors, right: Tensors) -> Array:
     """Inner product of every component's shares of two sets of tensors; (components,)."""
     owners, (a, b) = parts.select(left, right)

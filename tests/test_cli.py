@@ -1,0 +1,304 @@
+"""The command line: exit codes of the contract, one line for each mistake, no torch for reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from diagnoser import watch
+from diagnoser.cli import main
+
+SHIPPED = Path(__file__).parents[1] / "rules" / "diagnoser"
+
+
+@pytest.fixture(scope="module")
+def healthy_run(tmp_path_factory):
+    return record(tmp_path_factory.mktemp("healthy") / "run", steps=30)
+
+
+def record(directory: Path, steps: int, *, clear: bool = True) -> Path:
+    """Records a small regression; gradients that are never cleared are a defect."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    inputs = torch.randn(16, 3)
+    with watch(model, optimizer, out=directory, verbose=False) as watched:
+        for _ in range(steps):
+            if clear:
+                optimizer.zero_grad()
+            (model(inputs) - inputs.sum(1, keepdim=True)).square().mean().backward()
+            optimizer.step()
+    watched.diagnose()
+    return directory
+
+
+@pytest.fixture
+def run(healthy_run, tmp_path):
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(healthy_run, tmp_path / "run"))
+
+
+def one_line(capsys) -> str:
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("diagnoser: ") and err.endswith("\n")
+    assert err.count("\n") == 1, err
+    return err
+
+
+def refused(capsys, *arguments: str | Path) -> str:
+    """Carries out a command that must end with 2 and one line of why; returns that line."""
+    assert main([str(argument) for argument in arguments]) == 2
+    return one_line(capsys)
+
+
+# -- diagnose and report ---------------------------------------------------------------------------
+
+
+def test_diagnose_exits_with_the_verdict(healthy_run, tmp_path, capsys):
+    assert main(["diagnose", str(healthy_run)]) == 0
+    assert capsys.readouterr().out.startswith("healthy: ")
+    assert main(["diagnose", str(record(tmp_path / "short", steps=4))]) == 3
+    assert capsys.readouterr().out.startswith("inconclusive: ")
+    assert main(["diagnose", str(record(tmp_path / "carried", steps=60, clear=False))]) == 1
+    assert "missing_zero_grad" in capsys.readouterr().out
+
+
+def test_diagnose_json_is_the_run_s_diagnosis_byte_for_byte_each_time(healthy_run, capsys):
+    expected = (healthy_run / "diagnosis.json").read_text("utf-8")
+    for _ in range(2):
+        assert main(["diagnose", "--json", str(healthy_run)]) == 0
+        assert capsys.readouterr().out == expected
+    assert json.loads(expected)["schema"] == "diagnoser.diagnosis/1"
+
+
+def test_diagnose_takes_the_rules_it_is_given(healthy_run, capsys):
+    for rules in ("autotrainer", str(SHIPPED.parent / "autotrainer")):
+        assert main(["diagnose", "--json", "--rules", rules, str(healthy_run)]) == 0
+        unknown = {entry["rule"] for entry in json.loads(capsys.readouterr().out)["unknown"]}
+        assert unknown <= {path.stem for path in (SHIPPED.parent / "autotrainer").glob("*.yaml")}
+
+
+def test_a_truncated_log_is_diagnosed_as_far_as_it_goes(run, capsys):
+    log = run / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:-40])
+    assert main(["diagnose", str(run)]) == 0
+    assert "30 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (shutil.rmtree, "missing"),
+        (lambda run: (run / "log.jsonl").unlink(), "no log.jsonl"),
+        (lambda run: (run / "log.jsonl").write_text(""), "not the header"),
+        (lambda run: (run / "log.jsonl").write_bytes(b"\x00\xff" * 99), "not the header"),
+        (lambda run: (shutil.rmtree(run), run.write_text("a file")), "a file"),
+        (lambda run: (run / "log.jsonl").write_text('{"schema":"diagnoser.log/99"}\n'), "upgrade"),
+    ],
+)
+@pytest.mark.parametrize("command", ["diagnose", "report"])
+def test_what_is_not_a_run_is_refused_in_one_line(run, capsys, command, spoil, says):
+    spoil(run)
+    line = refused(capsys, command, run)
+    assert says in line and str(run) in line
+
+
+def test_report_writes_one_page(run, tmp_path, capsys):
+    (run / "report.html").unlink()
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    other = tmp_path / "other.html"
+    assert main(["report", str(run), "-o", str(other)]) == 0
+    assert other.read_bytes() == (run / "report.html").read_bytes()
+    assert other.read_text("utf-8").lstrip().lower().startswith("<!doctype html>")
+
+
+def test_a_report_that_cannot_be_written_is_refused_in_one_line(run, tmp_path, capsys):
+    place = tmp_path / "no such folder" / "page.html"
+    assert str(place) in refused(capsys, "report", run, "-o", place)
+
+
+# -- rules and cases -------------------------------------------------------------------------------
+
+
+def test_every_shipped_rule_is_listed_and_shown(capsys):
+    assert main(["rules", "list"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    files = {f"{p.parent.name}/{p.stem}": p for p in SHIPPED.parent.glob("*/*.yaml")}
+    assert sorted(listed) == sorted(files)
+    for name, path in files.items():
+        for spelled in (name, path.stem):
+            assert main(["rules", "show", spelled]) == 0
+            assert capsys.readouterr().out == path.read_text("utf-8")
+
+
+def test_a_rule_that_is_not_there_is_refused_with_the_nearest(capsys):
+    assert "did you mean learning-rate-too-high" in refused(
+        capsys, "rules", "show", "learning-rate-to-high"
+    )
+
+
+def test_the_shipped_rules_pass_their_own_check(capsys):
+    assert main(["rules", "check", str(SHIPPED)]) == 0
+    assert str(SHIPPED) in capsys.readouterr().out
+
+
+BOMB = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.replace("when: ", "when: loss_ris > 1 and "), "did you mean"),
+        (lambda t: t + "\nseverity: high\n", "severity"),
+        (lambda t: t.replace("when: ", "when: 9**9**9 > 1 and "), "**"),
+        (lambda t: t.replace("when: ", "when: __import__('os') and "), "__import__"),
+        (lambda t: f"a0: &a0 [x]\n{BOMB}\n{t}", "alias"),
+        (lambda t: "title: [", ""),
+    ],
+    ids=["typo", "duplicated key", "9**9**9", "__import__", "alias bomb", "not YAML"],
+)
+def test_a_bad_rule_stops_everything_before_it_starts(healthy_run, tmp_path, capsys, change, says):
+    text = (SHIPPED / "loss-climbs-back.yaml").read_text("utf-8")
+    assert "when: " in text
+    rules = tmp_path / "mine"
+    rules.mkdir()
+    path = rules / "loss-climbs-back.yaml"
+    path.write_text(change(text), "utf-8")
+    script, ran = tmp_path / "script.py", tmp_path / "ran"
+    script.write_text(f"open({str(ran)!r}, 'w')\n")
+    for command in (
+        ["diagnose", "--rules", str(rules), str(healthy_run)],
+        ["run", "--rules", str(rules), "--out", str(tmp_path / "run"), str(script)],
+        ["rules", "check", str(rules)],
+    ):
+        start = time.monotonic()
+        assert main(command) == 2
+        assert time.monotonic() - start < 2.0
+        out, err = capsys.readouterr()
+        assert out == "" and "Traceback" not in err
+        assert err.startswith(f"diagnoser: {path}:")
+        assert says in err
+    assert not ran.exists() and not (tmp_path / "run").exists()
+
+
+def test_rules_that_are_not_there_are_refused(healthy_run, tmp_path, capsys):
+    assert "autotrainer" in refused(capsys, "diagnose", "--rules", "autotrain", healthy_run)
+    line = refused(capsys, "diagnose", "--rules", tmp_path / "none", healthy_run)
+    assert str(tmp_path / "none") in line
+
+
+def test_the_cases_are_listed_with_their_faults(capsys):
+    assert main(["case", "list"]) == 0
+    assert "word-attention-learning-rate" in capsys.readouterr().out
+
+
+def test_cases_and_faults_that_are_not_there_are_refused(capsys):
+    assert "did you mean han" in refused(capsys, "case", "run", "ham")
+    assert "word-attention-learning-rate" in refused(capsys, "case", "run", "han", "--fault", "x")
+
+
+# -- run: what is refused before the script starts -------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("missing.py", None, "no such script"),
+        ("binary.py", b"\x7fELF\x00\x01\xff", "not a Python script"),
+        ("prose.py", b"x = 1\nthis is no Python\n", "prose.py:2"),
+        ("latin.py", b"name = '\xe9'\n", "not a Python script"),
+        ("nul.py", b"x = 1\x00\n", "not a Python script"),
+        ("", None, "a directory"),
+    ],
+)
+def test_what_is_not_a_script_is_refused_in_one_line(tmp_path, capsys, name, content, says):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    line = refused(capsys, "run", "--out", tmp_path / "run", tmp_path / name)
+    assert says in line and str(tmp_path / name) in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--overhead=-1", "--overhead=nan", "--every=1"])
+def test_options_out_of_range_are_refused_in_one_line(tmp_path, capsys, option):
+    (tmp_path / "script.py").write_text("")
+    refused(capsys, "run", option, "--out", tmp_path / "run", tmp_path / "script.py")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["no-such"], ["run"], ["run", "--no-such", "x.py"], ["rules"], ["diagnose"]]
+)
+def test_a_command_line_that_cannot_be_understood_exits_with_2(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "error:" in err
+
+
+def test_an_output_directory_that_cannot_be_used_is_refused_in_one_line(
+    healthy_run, tmp_path, capsys
+):
+    script, ran = tmp_path / "script.py", tmp_path / "ran"
+    script.write_text(f"open({str(ran)!r}, 'w')\n")
+    assert "recorded here already" in refused(capsys, "run", "--out", healthy_run, script)
+    for place in (script / "below-a-file", Path("/proc/no-run-here")):
+        assert str(place) in refused(capsys, "run", "--out", place, script)
+    assert not ran.exists()
+
+
+# -- in processes of their own ---------------------------------------------------------------------
+
+WITHOUT_TORCH = """
+import sys
+class Nowhere:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in ('torch', 'transformers', 'pandas', 'sklearn'):
+            raise ImportError(name)
+sys.meta_path.insert(0, Nowhere())
+from diagnoser.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_everything_about_a_recorded_run_works_without_torch(run):
+    for arguments in (
+        ["diagnose", str(run)],
+        ["diagnose", "--json", str(run)],
+        ["report", str(run)],
+        ["rules", "list"],
+        ["case", "list"],
+    ):
+        command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        assert done.stdout
+
+
+def test_a_reader_that_leaves_early_is_no_traceback(healthy_run):
+    command = f"'{sys.executable}' -m diagnoser.cli rules show never-reached | true"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+@pytest.mark.slow
+def test_diagnose_takes_little_more_than_a_second(healthy_run):
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "diagnoser.cli", "diagnose", str(healthy_run)]
+        subprocess.run(command, check=True, capture_output=True, env=dict(os.environ))
+        seconds.append(time.perf_counter() - start)
+    assert statistics.median(seconds) < 1.2
