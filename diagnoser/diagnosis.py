@@ -23,6 +23,7 @@ from diagnoser.vocabulary import MODEL, severity_rank
 ENOUGH_STEPS: Final = 20
 ENOUGH_MEASUREMENTS: Final = 3
 DEFAULT_FAMILY: Final = "diagnoser"
+FAMILIES: Final = (DEFAULT_FAMILY, "autotrainer")
 _WEIGHT: Final = {"low": 0.5, "medium": 2.0, "high": 4.0, "critical": 8.0}
 _OF_ATTENTION: Final = ("attention_", "initial_attention_", "empty_rows")
 _PLACE_OF: Final = {  # which recorded place of the program a cause points at
@@ -43,8 +44,8 @@ def default_rules(directory: Path | None = None) -> tuple[Rule, ...]:
     """
     if directory is None:
         directory = shipped_rules_directory(DEFAULT_FAMILY)
-    elif not directory.exists() and directory.name == str(directory):
-        directory = shipped_rules_directory(directory.name)  # the name of a shipped family
+    elif str(directory) in FAMILIES:  # a directory of that name is meant by ./name
+        directory = shipped_rules_directory(str(directory))
     return load_rules(directory, CATALOGUE)
 
 

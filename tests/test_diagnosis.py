@@ -64,7 +64,7 @@ def test_rules_speak_the_vocabulary() -> None:
     assert RULES
     for rule in (*RULES, *default_rules(Path("autotrainer"))):
         assert rule.fault in FAULTS
-        assert {cause for cause in rule.causes} <= CAUSE_CATEGORY.keys()
+        assert set(rule.causes) <= CAUSE_CATEGORY.keys()
         assert {repair.name for repair in rule.repairs} <= REPAIRS.keys()
 
 

@@ -13,7 +13,7 @@ from diagnoser.runlog import Recording
 from diagnoser.table import Array, Column
 from diagnoser.vocabulary import MODEL
 
-LOSS_WINDOW: Final = 10  # steps, or a tenth of the run so far if that is more
+LOSS_WINDOW: Final = 10  # steps; at first half, later a tenth, of the run so far
 EPOCHS: Final = 20  # equal parts of the run that stand for epochs in AutoTrainer's formulas
 
 
@@ -98,10 +98,12 @@ class Source:
         """Applies a function to the part of a curve that ends at each measured step."""
         result = np.full((1, len(self.steps)), np.nan)
         for i, at in enumerate(self.steps):
-            width = max(LOSS_WINDOW, int(at) // 10)
+            so_far = int(at) + 1
+            width = max(3, min(LOSS_WINDOW, so_far // 2), so_far // 10)
             first, last = np.searchsorted(step, [at - width + 1, at + 1])
             if last > first:
-                result[0, i] = function(curve[first:last])
+                with np.errstate(invalid="ignore", over="ignore"):  # Inf - Inf is NaN, and meant
+                    result[0, i] = function(curve[first:last])
         return result
 
     @functools.cached_property
