@@ -24,6 +24,7 @@ from diagnoser.runlog import Recording, RecordingBuilder, RunLogWriter
 from diagnoser.types import Diagnosis, Finding
 from diagnoser.vocabulary import severity_rank
 
+SAID_AT_THE_END = 3  # events of the monitor
 ANNOUNCING_SHARE = 0.005  # of training time that looking for new findings may take
 
 
@@ -125,15 +126,29 @@ class Watch:
         if self._off or self._finished:
             return
         self._finished = True
-        if self._monitor.step == 0 and not self._monitor.measurements:
+        if self._monitor.subject is None and self._monitor.step == 0:
             self._log.event(0, "nothing_seen", self._why_nothing(), {})
         self._monitor.finish(exit_code)
+        for message in self._worth_saying():
+            self._say(f"diagnoser: {message}")
         self._log.close()
         if self._log.failure is not None:
             self._say(f"diagnoser: {self._log.failure}")
 
+    def _worth_saying(self) -> list[str]:
+        """What the monitor could not do, or did beyond its budget; each once, the first three."""
+        events = self._log.recording().events
+        messages = dict.fromkeys(
+            f"{event.message} (a failure of the monitor, not of your training)"
+            if event.kind == "monitor_error"
+            else event.message
+            for event in events
+            if event.kind in ("monitor_error", "unmeasurable", "over_budget")
+        )
+        return list(messages)[:SAID_AT_THE_END]
+
     def _why_nothing(self) -> str:
-        if any(True for _ in self._interception.books.modules) or self._monitor.subject:
+        if any(True for _ in self._interception.books.modules):
             return "no training step was seen: torch.autograd.backward was never called to the end"
         return "no training step was seen: the program built no model"
 
