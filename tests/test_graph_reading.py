@@ -134,8 +134,14 @@ def test_a_row_with_every_position_masked_is_empty_where_it_is_nan() -> None:
 
 def test_nan_logits_give_no_entropy_and_are_not_empty_rows() -> None:
     q, k, v, _ = projections()
-    found = only(((q * math.nan @ k.transpose(-2, -1)).softmax(-1) @ v).sum())
-    assert math.isnan(found.entropy) and math.isnan(found.empty_rows)
+    logits = q * math.nan @ k.transpose(-2, -1)
+    found = only((logits.softmax(-1) @ v).sum())
+    assert math.isnan(found.entropy) and found.empty_rows == 0.0
+    # After the first NaN everything is; the mask alone still tells which rows are empty.
+    hidden = torch.zeros(2, 1, 5, 5, dtype=torch.bool)
+    hidden[0, :, 1] = True
+    masked = only((logits.masked_fill(hidden, -math.inf).softmax(-1) @ v).sum())
+    assert masked.empty_rows == pytest.approx(2 / 20)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

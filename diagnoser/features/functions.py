@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from diagnoser.features.source import Source
+from diagnoser.features.source import INITIAL_LOSSES, Source
 from diagnoser.table import Array, Column
 
 EARLY_SAMPLES: Final = 3  # measurements that make a component's own early window
@@ -115,7 +115,8 @@ def matrix_rows(source: Source) -> list[int]:
 
 
 def loss_fall(s: Source) -> Column:
-    return Column.exact(1.0 - s.loss / s.initial_loss)
+    fall = 1.0 - s.loss / s.initial_loss
+    return Column.exact(np.where(s.steps < INITIAL_LOSSES, np.nan, fall))
 
 
 def loss_rise(s: Source) -> Column:

@@ -14,6 +14,7 @@ from diagnoser.table import Array, Column
 from diagnoser.vocabulary import MODEL
 
 LOSS_WINDOW: Final = 10  # steps; at first half, later a tenth, of the run so far
+INITIAL_LOSSES: Final = 3  # their mean is what the loss fell from
 EPOCHS: Final = 20  # equal parts of the run that stand for epochs in AutoTrainer's formulas
 
 
@@ -120,7 +121,7 @@ class Source:
     @functools.cached_property
     def initial_loss(self) -> float:
         """Mean of the first three losses; NaN if there is none or they are not positive."""
-        first = self.recording.losses.value[:3]
+        first = self.recording.losses.value[:INITIAL_LOSSES]
         return float(first.mean()) if len(first) and (first > 0).all() else float("nan")
 
     @functools.cached_property

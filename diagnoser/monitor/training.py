@@ -30,6 +30,7 @@ from diagnoser.types import Component, Cost, Where
 from diagnoser.vocabulary import MODEL
 
 Loss = Callable[[nn.Module, Any], Tensor]
+LOOKS_AT_NON_FINITE = 10  # steps with a loss that is not finite, to catch where it is born
 MAX_FAILURES = 5  # of one kind of measurement, after which it is not tried again
 SPECTRUM_COMPONENTS = 2  # measured at a time, in turn
 LARGE_SCORES = 65_536  # elements of a classification's scores beyond which accuracy is sampled
@@ -85,7 +86,7 @@ class Monitor:
         self._right = self._counted = 0
         self._steps_of: dict[int, int] = {}
         self._stepped: set[int] = set()  # optimizers, in the running step
-        self._announced_non_finite = False
+        self._looks_at_non_finite = 0
         self._place: Where | None = None
 
     # -- what the interception tells --------------------------------------------------------------
@@ -220,8 +221,8 @@ class Monitor:
         self._loss = value if self._backwards == 1 else self._loss + value
         if isinstance(value, float):
             self._count_right(loss)
-            if not math.isfinite(value) and not self._announced_non_finite:
-                self._announced_non_finite = True
+            if not math.isfinite(value) and self._looks_at_non_finite < LOOKS_AT_NON_FINITE:
+                self._looks_at_non_finite += 1
                 self._look_at_non_finite(loss)
 
     def _write_losses(self) -> None:
@@ -368,8 +369,9 @@ class Monitor:
         sample.run("carried_gradients", sum(still) / len(still))
 
     def _look_at_non_finite(self, loss: Tensor) -> None:
-        """The first NaN or Inf of the loss: its graph still shows where it was born."""
-        self.log.event(self.step, "non_finite_loss", "the loss is not finite", {})
+        """A loss that is not finite: its graph still shows where that was born."""
+        if self._looks_at_non_finite == 1:
+            self.log.event(self.step, "non_finite_loss", "the loss is not finite", {})
         if self.subject is None:
             self._find_subject(read_graph(loss, values=False))
         assert self.subject is not None

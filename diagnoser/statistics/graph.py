@@ -310,8 +310,12 @@ def _statistics(
     judged = ~torch.isnan(rows).any(dim=-1) & (visible > 1)
     entropy = torch.special.entr(rows).sum(dim=-1) / visible.clamp(min=2).float().log()
     share = torch.where(judged, entropy, 0.0).sum() / judged.sum()
+    # Everything is NaN after the first NaN; only a saved mask still tells an empty row then.
     empty = torch.isnan(rows).all(dim=-1)
-    empty_share = float(empty.float().mean()) if math.isfinite(largest_logit) else math.nan
+    if seen is not None:
+        empty &= visible == 0
+    known = seen is not None or math.isfinite(largest_logit)
+    empty_share = float(empty.float().mean()) if known else math.nan
     return AttentionStatistics(parameters, float(share), largest_logit, empty_share)
 
 
