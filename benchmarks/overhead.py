@@ -54,7 +54,7 @@ def han() -> Loop:
                 if len(batch) == 32:
                     yield data.train.documents[batch], data.train.labels[batch]
 
-    return Loop(network, torch.optim.Adam(network.parameters(), 3e-3), batches(), 200)
+    return Loop(network, torch.optim.Adam(network.parameters(), 3e-3), batches(), 235)
 
 
 def transformer() -> Loop:

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from diagnoser import __version__
-from diagnoser.errors import DiagnoserError
+from diagnoser.errors import DiagnoserError, UsageError
 
 if TYPE_CHECKING:
     from diagnoser.rules import Rule
+    from diagnoser.types import Diagnosis
 
 VERDICT_CODE = {"healthy": 0, "faulty": 1, "inconclusive": 3}
 USAGE = 2
@@ -22,9 +23,12 @@ USAGE = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses a command line, carries it out, and returns the exit code."""
-    arguments = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], int] = arguments.command
+    words = sys.argv[1:] if argv is None else list(argv)
     try:
+        if words and words[0].endswith(".py"):
+            raise UsageError(f"'{words[0]}' is no command; to watch it: diagnoser run {words[0]}")
+        arguments = _parser().parse_args(words)
+        command: Callable[[argparse.Namespace], int] = arguments.command
         return command(arguments)
     except DiagnoserError as error:
         print(f"diagnoser: {error}", file=sys.stderr)
@@ -44,9 +48,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="diagnoser",
         description="Finds out why a PyTorch training run goes wrong: which component, on what "
         "evidence, what to change.",
+        epilog="DIAGNOSER_OFF=1 in the environment makes every form of watching do nothing.",
     )
     parser.add_argument("--version", action="version", version=f"diagnoser {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    out_help = "where log, diagnosis and report go (default: a new directory in diagnoser-runs/)"
+    rules_help = "directory of rule files, or a shipped family: diagnoser (default) or autotrainer"
+    verdict_help = "exit with 1 if faulty, 3 if inconclusive, when the script itself succeeded"
+    run_help = "directory of a recorded run, the one with log.jsonl in it"
 
     run = commands.add_parser(
         "run",
@@ -54,12 +64,13 @@ def _parser() -> argparse.ArgumentParser:
         help="run a training script with the monitor on it, then diagnose",
         description="Runs an unmodified PyTorch training script with the monitor on it. Options of "
         "diagnoser stand before SCRIPT; everything after it belongs to the script.",
+        epilog="The exit code is the script's own, and 2 for a mistake in this command line.",
     )
     run.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="run directory (default: a new one under diagnoser-runs/)",
+        help=out_help,
     )
     run.add_argument(
         "--overhead",
@@ -69,45 +80,56 @@ def _parser() -> argparse.ArgumentParser:
         help="share of training time for measuring (default 0.10)",
     )
     run.add_argument(
-        "--every", type=int, metavar="N", help="measure everything each N steps, whatever it costs"
+        "--every",
+        type=int,
+        metavar="N",
+        help="measure everything every N steps (2 or more), whatever it costs",
     )
     run.add_argument(
         "--rules",
         type=Path,
         metavar="DIR",
-        help="directory of rule files, or a shipped family (diagnoser, autotrainer)",
+        help=rules_help,
     )
     run.add_argument(
         "--exit-verdict",
         action="store_true",
-        help="exit with 1 if faulty, 3 if inconclusive, when the script itself succeeded",
+        help=verdict_help,
     )
-    run.add_argument("script", metavar="SCRIPT")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARG")
+    run.add_argument("script", metavar="SCRIPT", help="the training script, a Python file")
+    script_arguments = run.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="ARG", help="the script's own arguments"
+    )
+    script_arguments.required = False  # argparse says otherwise when SCRIPT is missing
     run.set_defaults(command=_run)
 
-    diagnose = commands.add_parser("diagnose", help="diagnose a recorded run again, without torch")
-    diagnose.add_argument("run", type=Path, metavar="RUN")
-    diagnose.add_argument(
-        "--rules", type=Path, metavar="DIR", help="directory of rule files, or a shipped family"
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="diagnose a recorded run again, without torch",
+        description="Diagnoses a recorded run again; neither torch nor the script is needed.",
+        epilog="The exit code is 0 for a healthy run, 1 faulty, 3 inconclusive, 2 for a mistake.",
     )
+    diagnose.add_argument("run", type=Path, metavar="RUN", help=run_help)
+    diagnose.add_argument("--rules", type=Path, metavar="DIR", help=rules_help)
     diagnose.add_argument(
         "--json", action="store_true", help="print diagnosis.json instead of text"
     )
     diagnose.set_defaults(command=_diagnose)
 
-    report = commands.add_parser("report", help="write a recorded run as one HTML page")
-    report.add_argument("run", type=Path, metavar="RUN")
+    report = commands.add_parser(
+        "report",
+        help="write a recorded run as one HTML page",
+        description="Writes a recorded run as one self-contained HTML page.",
+    )
+    report.add_argument("run", type=Path, metavar="RUN", help=run_help)
     report.add_argument(
         "-o",
         dest="file",
         type=Path,
         metavar="FILE.html",
-        help="default: report.html in the run directory",
+        help="the page to write (default: report.html in the run directory)",
     )
-    report.add_argument(
-        "--rules", type=Path, metavar="DIR", help="directory of rule files, or a shipped family"
-    )
+    report.add_argument("--rules", type=Path, metavar="DIR", help=rules_help)
     report.set_defaults(command=_report)
 
     rules = commands.add_parser("rules", help="list, show or check rules")
@@ -115,12 +137,12 @@ def _parser() -> argparse.ArgumentParser:
     listing = actions.add_parser("list", help="all shipped rules, one a line")
     listing.set_defaults(command=_rules_list)
     show = actions.add_parser("show", help="one rule's file")
-    show.add_argument("id", metavar="ID")
+    show.add_argument("id", metavar="ID", help="as `diagnoser rules list` prints it")
     show.set_defaults(command=_rules_show)
     check = actions.add_parser(
         "check", help="load a directory of rules and run the examples in each file"
     )
-    check.add_argument("directory", type=Path, metavar="DIR")
+    check.add_argument("directory", type=Path, metavar="DIR", help="directory of rule files")
     check.set_defaults(command=_rules_check)
 
     case = commands.add_parser("case", help="list or run the shipped cases")
@@ -128,12 +150,12 @@ def _parser() -> argparse.ArgumentParser:
     case_list = case_actions.add_parser("list", help="the shipped cases and their faults")
     case_list.set_defaults(command=_case_list)
     case_run = case_actions.add_parser("run", help="run a case under the monitor")
-    case_run.add_argument("name", metavar="NAME")
+    case_run.add_argument("name", metavar="NAME", help="as `diagnoser case list` prints it")
     case_run.add_argument(
         "--fault", metavar="FAULT", help="one of the case's faults (default: healthy)"
     )
-    case_run.add_argument("--out", type=Path, metavar="DIR")
-    case_run.add_argument("--exit-verdict", action="store_true")
+    case_run.add_argument("--out", type=Path, metavar="DIR", help=out_help)
+    case_run.add_argument("--exit-verdict", action="store_true", help=verdict_help)
     case_run.set_defaults(command=_case_run)
     return parser  # fmt: skip
 
@@ -153,15 +175,12 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _end_of_run(outcome: object, *, exit_verdict: bool) -> int:
-    from rich.console import Console
-
     from diagnoser.launch import Outcome
-    from diagnoser.report import print_diagnosis
 
     assert isinstance(outcome, Outcome)
     with suppress(OSError, ValueError):  # the script may have closed stderr, its exit code counts
         if outcome.diagnosis is not None:
-            print_diagnosis(outcome.diagnosis, Console(file=sys.__stderr__))
+            _print_page(outcome.diagnosis, sys.__stderr__)
         if outcome.problem is not None:
             print(f"diagnoser: {outcome.problem}", file=sys.__stderr__)
         elif outcome.directory is not None:
@@ -169,6 +188,23 @@ def _end_of_run(outcome: object, *, exit_verdict: bool) -> int:
     if outcome.diagnosis is None or outcome.exit_code != 0 or not exit_verdict:
         return outcome.exit_code
     return VERDICT_CODE[outcome.diagnosis.verdict]
+
+
+def _print_page(diagnosis: Diagnosis, file: TextIO | None) -> None:
+    """Prints a diagnosis.
+
+    Raises:
+        BrokenPipeError: Whoever was reading is gone; rich would end the process with 1, which says
+            «faulty».
+    """
+    from rich.console import Console
+
+    from diagnoser.report import print_diagnosis
+
+    try:
+        print_diagnosis(diagnosis, Console(file=file))
+    except SystemExit as stop:
+        raise BrokenPipeError from stop
 
 
 def _diagnose(arguments: argparse.Namespace) -> int:
@@ -182,11 +218,7 @@ def _diagnose(arguments: argparse.Namespace) -> int:
 
         sys.stdout.write(diagnosis_to_json(diagnosis))
     else:
-        from rich.console import Console
-
-        from diagnoser.report import print_diagnosis
-
-        print_diagnosis(diagnosis, Console())
+        _print_page(diagnosis, sys.stdout)
     return VERDICT_CODE[diagnosis.verdict]
 
 
@@ -219,8 +251,6 @@ def _shipped_rules() -> list[Rule]:
 
 
 def _rules_show(arguments: argparse.Namespace) -> int:
-    from diagnoser.errors import UsageError
-
     wanted = arguments.id.rpartition("/")[2]
     rules = _shipped_rules()
     for rule in rules:

@@ -7,6 +7,7 @@ measured. No torch here; the same recording and rules give the same diagnosis, b
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Final
 
 import numpy as np
 
+from diagnoser.errors import RuleError
 from diagnoser.features import CATALOGUE, feature_tables
 from diagnoser.rules import Rule, evaluate, load_rules, shipped_rules_directory
 from diagnoser.runlog import Recording
@@ -46,6 +48,9 @@ def default_rules(directory: Path | None = None) -> tuple[Rule, ...]:
         directory = shipped_rules_directory(DEFAULT_FAMILY)
     elif str(directory) in FAMILIES:  # a directory of that name is meant by ./name
         directory = shipped_rules_directory(str(directory))
+    elif not directory.is_dir():
+        shipped = ", ".join(FAMILIES)
+        raise RuleError(f"{directory}: no directory of rule files; shipped families: {shipped}")
     return load_rules(directory, CATALOGUE)
 
 
@@ -122,7 +127,7 @@ def _whole_layers(findings: Sequence[Finding], recording: Recording) -> list[Fin
             merged[source, first.component] = dataclasses.replace(
                 first,
                 component=layer,
-                message=first.message.replace(first.component, layer),
+                message=_renamed(first.message, first.component, layer),
                 repairs=tuple(
                     dataclasses.replace(r, component=layer) if r.component == first.component else r
                     for r in first.repairs
@@ -136,6 +141,13 @@ def _whole_layers(findings: Sequence[Finding], recording: Recording) -> list[Fin
         elif key in merged:
             result.append(merged[key])
     return result
+
+
+def _renamed(message: str, component: str, layer: str) -> str:
+    """Names the layer instead; modules of a list are called 0.0, which numbers may look like."""
+    return re.sub(
+        rf"(?<![\w.]){re.escape(component)}(?![\w.]*\w)", lambda _: layer, message, count=1
+    )
 
 
 def _rule_id(finding: Finding) -> str:
@@ -155,28 +167,33 @@ def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Ex
         key=lambda f: (-severity_rank(f.severity), f.since_step, f.source, f.component),
     )
     symptoms: dict[int, Finding] = {}
+    explaining: set[int] = set()
     for cause in by_gravity:
         if id(cause) in symptoms:
             continue
         faults = rules[_rule_id(cause)].explains
-        for symptom in findings:
-            if (
-                symptom.source != cause.source
-                and symptom.fault in faults
-                and severity_rank(symptom.severity) <= severity_rank(cause.severity)
-                and (_related(cause, symptom) or _spread(cause, symptom))
-            ):
-                symptoms.setdefault(id(symptom), cause)
+        own = [
+            symptom
+            for symptom in findings
+            if symptom.source != cause.source
+            and symptom.fault in faults
+            and severity_rank(symptom.severity) <= severity_rank(cause.severity)
+            and (_related(cause, symptom) or _spread(cause, symptom))
+            and id(symptom) not in symptoms
+            and id(symptom) not in explaining
+        ]
+        symptoms |= {id(symptom): cause for symptom in own}
+        explaining |= {id(cause)} if own else set()
     result = []
     for finding in findings:
-        explaining = symptoms.get(id(finding))
-        if explaining is None:
+        its_cause = symptoms.get(id(finding))
+        if its_cause is None:
             result.append(_Explained(finding, (finding.causes[0].cause, finding.component)))
             continue
-        first = explaining.causes[0].cause
+        first = its_cause.causes[0].cause
         rest = (c for c in finding.causes if c.cause != first)
         symptom = dataclasses.replace(finding, causes=(Cause(first), *rest))
-        result.append(_Explained(symptom, (first, explaining.component), is_symptom=True))
+        result.append(_Explained(symptom, (first, its_cause.component), is_symptom=True))
     return result
 
 
@@ -262,7 +279,7 @@ def _verdict(findings: Sequence[Finding], recording: Recording) -> tuple[str, st
     if steps < ENOUGH_STEPS or samples < ENOUGH_MEASUREMENTS:
         return (
             "inconclusive",
-            f"only {steps} steps and {samples} measurements were seen; "
+            f"too little was seen: steps {steps}, measurements {samples}; "
             f"a verdict needs {ENOUGH_STEPS} and {ENOUGH_MEASUREMENTS}",
         )
     if not np.isfinite(recording.losses.value).any():

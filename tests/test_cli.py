@@ -248,6 +248,16 @@ def test_a_command_line_that_cannot_be_understood_exits_with_2(capsys, arguments
     assert out == "" and "error:" in err
 
 
+def test_a_script_in_the_place_of_a_command_is_told_the_command(capsys):
+    assert "diagnoser run train.py" in refused(capsys, "train.py", "--epochs", "3")
+
+
+def test_only_what_is_missing_is_said_to_be_missing(capsys):
+    with pytest.raises(SystemExit):
+        main(["run"])
+    assert "required: SCRIPT\n" in capsys.readouterr().err
+
+
 def test_an_output_directory_that_cannot_be_used_is_refused_in_one_line(
     healthy_run, tmp_path, capsys
 ):
@@ -260,6 +270,36 @@ def test_an_output_directory_that_cannot_be_used_is_refused_in_one_line(
 
 
 # -- in processes of their own ---------------------------------------------------------------------
+
+READER_GONE = """
+import os, sys
+from diagnoser.cli import main
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, {descriptor})
+code = main(sys.argv[1:])
+os._exit(code)
+"""
+
+
+@pytest.mark.parametrize("verdict_asked_for", [False, True])
+def test_a_reader_that_is_gone_does_not_change_the_exit_code(tmp_path, verdict_asked_for):
+    (tmp_path / "script.py").write_text("import sys\n")
+    command = ["run", *["--exit-verdict"] * verdict_asked_for, str(tmp_path / "script.py")]
+    program = READER_GONE.format(descriptor=2)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command], cwd=tmp_path, check=False, timeout=60
+    )
+    assert done.returncode == (3 if verdict_asked_for else 0)
+
+
+def test_a_reader_that_is_gone_is_not_a_verdict(healthy_run):
+    program = READER_GONE.format(descriptor=1)
+    done = subprocess.run(
+        [sys.executable, "-c", program, "diagnose", str(healthy_run)], check=False, timeout=60
+    )
+    assert done.returncode == 2
+
 
 WITHOUT_TORCH = """
 import sys

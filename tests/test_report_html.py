@@ -104,7 +104,7 @@ def test_it_says_the_verdict_the_causes_and_the_evidence_in_words(page):
         SHARPNESS.message,
         "step_sharpness 14.2 > 2 ± 1.3 ± 2.1 120 to 160 lanczos",
         "gradients are cleared before every step",
-        "the script reports no evaluation (evaluation_loss missing)",
+        "overfitting: the script reports no evaluation",
         "training 40.1 s, monitoring 3.2 s (8.0 % of training)",
     ):
         assert expected in words

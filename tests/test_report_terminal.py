@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from report_examples import (
     COLLAPSE,
+    DEFECT,
     HOSTILE,
     PROJECTION,
     SHARPNESS,
@@ -19,8 +20,8 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from diagnoser import vocabulary
-from diagnoser.report import finding_line, print_diagnosis, wording
-from diagnoser.types import Cause, Cost, Evidence, RankedCause, Repair
+from diagnoser.report import finding_line, print_diagnosis, terminal, wording
+from diagnoser.types import Cause, Cost, Evidence, RankedCause, Repair, Where
 
 
 def page(diagnosis, *, width=80, encoding="utf-8", terminal=False) -> str:
@@ -149,7 +150,7 @@ def test_any_diagnosis_can_be_printed(diagnosis):
 def test_the_live_notice_is_one_plain_line():
     assert finding_line(COLLAPSE) == (
         "diagnoser: step 150: high: attention_entropy_collapse in word_attention.context: "
-        "Word attention puts nearly all its..."
+        "Word attention puts nearly all its weight on a single word (entropy 0.04 of..."
     )
     whole = replace(SHARPNESS, component="model", message="Every step overshoots.")
     assert finding_line(whole) == (
@@ -163,7 +164,7 @@ def test_the_live_notice_is_short_whatever_the_names(finding):
     line = finding_line(finding)
     name = wording.subject(finding.component, finding.other)
     assert line.isprintable()
-    assert len(line) <= 100 + len(name) * (
+    assert len(line) <= 140 + len(name) * (
         2 if name in wording.visible(finding.message, 1000) else 1
     )
 
@@ -213,6 +214,73 @@ def test_a_finding_goes_to_its_own_first_cause_that_is_ranked_nearby():
     groups = wording.findings_by_cause(diagnosis)
     assert [cause for cause, _ in groups] == [*causes, None]
     assert [[position for position, _ in found] for _, found in groups] == [[2], [1], [3], [4]]
+
+
+def test_a_possible_cause_that_a_likely_one_covers_is_not_said_again():
+    whole = RankedCause("component_not_optimized", "encoder.0")
+    part = RankedCause("component_not_optimized", "encoder.0.attn")
+    other = RankedCause("component_not_optimized", "encoder.01")  # a prefix by letters only
+    dead = replace(SHARPNESS, component="encoder.0", causes=(Cause("component_not_optimized"),))
+    diagnosis = replace(han_diagnosis(), causes=(part, whole, other), findings=(dead,))
+    groups = wording.findings_by_cause(diagnosis)
+    assert wording.likely_and_possible(groups) == ([(part, [(1, dead)])], [whole, other])
+    groups = wording.findings_by_cause(replace(diagnosis, causes=(whole, part, other)))
+    assert wording.likely_and_possible(groups) == ([(whole, [(1, dead)])], [other])
+
+
+def test_a_suggestion_is_made_once_for_the_whole_and_not_for_other_places():
+    lower = [
+        replace(SHARPNESS, repairs=(Repair("scale_learning_rate", name, {"factor": 0.1}),))
+        for name in ("encoder", "encoder.0", "decoder", "encoder[query]", "model")
+    ]
+    numbered = list(enumerate(lower, start=1))
+
+    def places(component):
+        cause = None if component is None else RankedCause("learning_rate_too_high", component)
+        return [repair.component for repair in wording.suggestions(cause, numbered)]
+
+    assert places("encoder") == ["encoder"]
+    assert places("encoder.0") == ["encoder"]
+    assert places("model") == ["encoder", "decoder", "model"]
+    assert places(None) == ["encoder", "decoder", "model"]
+
+
+def test_the_place_in_the_program_stands_beside_its_cause_once():
+    here = Where("train.py", 88)
+    two = tuple(replace(finding, where=here) for finding in (SHARPNESS, COLLAPSE))
+    text = " ".join(page(replace(han_diagnosis(), findings=two)).split())
+    assert text.count("train.py, line 88") == 1
+    assert "learning_rate_too_high in word_attention.projection; right in" in text
+    assert text.index("train.py") < text.index("from step 120")
+    lost = page(replace(han_diagnosis(), findings=(replace(DEFECT, where=here),)))
+    assert "from step 0 (train.py, line 88)" in " ".join(lost.split())
+
+
+def test_a_place_is_named_from_where_the_page_is_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file, shown in ((str(tmp_path / "x" / "y.py"), "x/y.py"), ("/else/y.py", "/else/y.py")):
+        finding = replace(SHARPNESS, where=Where(file, 7))
+        text = page(replace(han_diagnosis(), findings=(finding,)))
+        assert f"; {shown}, line 7" in " ".join(text.split())
+    tmp_path.rmdir()
+    assert "; /else/y.py, line 7" in " ".join(
+        page(replace(han_diagnosis(), findings=(finding,))).split()
+    )
+
+
+@pytest.mark.parametrize(("extra", "says"), [(1, False), (2, True)])
+def test_one_comparison_too_many_is_shown_instead_of_counted(extra, says):
+    evidence = SHARPNESS.evidence[:1] * (terminal.EVIDENCE + extra)
+    text = page(replace(han_diagnosis(), findings=(replace(SHARPNESS, evidence=evidence),)))
+    assert ("more comparison" in text) is says
+    assert text.count("- step_sharpness") == terminal.EVIDENCE + (0 if says else 1)
+
+
+def test_modules_that_are_only_numbers_are_called_modules():
+    text = page(replace(han_diagnosis(), causes=(RankedCause("initialization", "0"),), findings=()))
+    assert "initialization in module 0" in text
+    sentence = wording.cause_sentence(RankedCause("component_not_optimized", "2.0"))
+    assert sentence.startswith("Module 2.0 does not learn")
 
 
 @given(diagnoses)

@@ -128,7 +128,7 @@ def _hessian(
     cuda = [device] if device.type == "cuda" else []
     twin = _Loss(copy.deepcopy(model), loss_fn, batch).eval()
     with torch.random.fork_rng(cuda), torch.enable_grad(), warnings.catch_warnings():
-        # A gradient with a graph makes a reference cycle, says torch; the copy is dropped anyway.
+        # A gradient with a graph makes a reference cycle, says torch; PyHessian clears it later.
         warnings.filterwarnings("ignore", "Using backward\\(\\) with create_graph=True")
         torch.manual_seed(seed)
         try:
@@ -144,8 +144,6 @@ def _hessian(
             raise MeasurementError(
                 f"pyhessian cannot measure this model: {reason}; use the built-in backend"
             ) from error
-        finally:
-            twin.zero_grad(set_to_none=True)
 
 
 def _restrict(twin: _Loss, names: Collection[str] | None) -> None:

@@ -17,25 +17,15 @@ EARLY_SAMPLES: Final = 3  # measurements that make a component's own early windo
 SMOOTHED: Final = 3  # measurements of a moving median
 
 
-def at_the_end(value: float, source: Source) -> Column:
-    """A number that is only known at the end of what was recorded."""
-    result = np.full((1, len(source.steps)), np.nan)
-    if len(source.steps):
-        result[0, -1] = value
-    return Column.exact(result)
+def of_the_run(value: float, source: Source) -> Column:
+    """A number that is of all that was recorded: the same at each step."""
+    return Column.exact(np.full((1, len(source.steps)), value))
 
 
 def quotient(a: Array, b: Array) -> Array:
     with np.errstate(divide="ignore", invalid="ignore"):
         result: Array = a / b
     return np.where(np.isfinite(result), result, np.nan)
-
-
-def times(column: Column, factor: Array) -> Column:
-    """A column times a known, non-negative factor."""
-    if column.lower is column.value:
-        return Column.exact(column.value * factor)
-    return Column(column.value * factor, column.lower * factor, column.upper * factor)
 
 
 def moving_median(values: Array) -> Array:
@@ -121,13 +111,15 @@ def loss_fall(s: Source) -> Column:
 
 def loss_rise(s: Source) -> Column:
     best = np.fmin.accumulate(s.loss, axis=1)
-    return Column.exact(quotient(s.loss - best, np.full_like(best, s.initial_loss)))
+    with np.errstate(invalid="ignore"):  # Inf - Inf is NaN, and meant
+        rise = s.loss - best
+    return Column.exact(quotient(rise, np.full_like(best, s.initial_loss)))
 
 
 def loss_spread(s: Source) -> Column:
     losses = s.recording.losses
     spread = s.windows(losses.value, losses.step, lambda w: float(np.std(w)))
-    return Column.exact(quotient(spread, s.loss))
+    return Column.exact(quotient(spread, np.abs(s.loss)))
 
 
 def loss_to_chance(s: Source) -> Column:
@@ -135,13 +127,14 @@ def loss_to_chance(s: Source) -> Column:
     known = classes[~np.isnan(classes)]
     if not len(known):
         return Column.exact(np.full((1, len(s.steps)), np.nan))
-    return Column.exact(s.loss / np.log(known.max()))
+    chance = np.log(known.max())  # 0 of a single class: nothing to guess
+    return Column.exact(quotient(s.loss, np.full_like(s.loss, chance)))
 
 
 def non_finite_loss(s: Source) -> Column:
     losses = s.recording.losses
     bad = losses.step[~np.isfinite(losses.value)]
-    result = np.zeros((1, len(s.steps)))
+    result = np.full((1, len(s.steps)), 0.0 if len(losses.step) else np.nan)
     if len(bad):
         result[0, s.steps >= bad[0]] = 1.0
     return Column.exact(result)
@@ -204,7 +197,8 @@ def moved(s: Source) -> Column:
 def ever_reached(s: Source) -> Column:
     norm, reached = s.component("gradient_norm").value, s.component("reached").value
     known = ~np.isnan(reached)
-    ever = np.maximum.accumulate(np.where(np.isnan(norm), 0.0, norm) > 0, axis=1).astype(float)
+    seen = (norm > 0) | (s.component("non_finite_gradient").value > 0)
+    ever = np.maximum.accumulate(seen, axis=1).astype(float)
     return Column.exact(np.where(np.maximum.accumulate(known, axis=1), ever, np.nan))
 
 
@@ -216,13 +210,17 @@ def curvature_part(s: Source) -> Column:
 
 def update_curvature_share(s: Source) -> Column:
     half = 0.5 * s.run("update_curvature").value
-    return Column.exact(half / np.fmax(s.loss, 0.1 * s.initial_loss))
+    return Column.exact(quotient(half, loss_to_divide_by(s)))
 
 
 def component_curvature_share(s: Source) -> Column:
-    """Near the end of training the loss is too small to divide by: a tenth of the first then."""
     half = 0.5 * np.abs(s.component("update_curvature").value)
-    return Column.exact(half / np.fmax(s.loss, 0.1 * s.initial_loss))
+    return Column.exact(quotient(half, loss_to_divide_by(s)))
+
+
+def loss_to_divide_by(s: Source) -> Array:
+    """Near the end of training the loss is too small for it: a tenth of the first then."""
+    return np.maximum(s.loss, 0.1 * s.initial_loss)
 
 
 def entropy_of_layer(s: Source) -> Column:
@@ -326,22 +324,22 @@ def mean_over_elements(s: Source, share: Array) -> Array:
 
 def accuracy_best(s: Source) -> Column:
     epochs = s.epoch_accuracies
-    return at_the_end(float(epochs.max()) if len(epochs) else float("nan"), s)
+    return of_the_run(float(epochs.max()) if len(epochs) else float("nan"), s)
 
 
 def accuracy_best_gain(s: Source) -> Column:
     epochs = s.epoch_accuracies
-    return at_the_end(float(np.diff(epochs).max()) if len(epochs) > 1 else float("nan"), s)
+    return of_the_run(float(np.diff(epochs).max()) if len(epochs) > 1 else float("nan"), s)
 
 
 def accuracy_swings(s: Source) -> Column:
     """AutoTrainer: the i-th local maximum with the i-th local minimum, apart by 0.03 or more."""
     epochs = s.epoch_accuracies
     if len(epochs) < 3:
-        return at_the_end(float("nan"), s)
+        return of_the_run(float("nan"), s)
     middle, before, after = epochs[1:-1], epochs[:-2], epochs[2:]
     highs = middle[(middle > before) & (middle >= after)]
     lows = middle[(middle < before) & (middle <= after)]
     pairs = min(len(highs), len(lows))
     swings = int((highs[:pairs] - lows[:pairs] >= 0.03).sum())
-    return at_the_end(swings / len(epochs), s)
+    return of_the_run(swings / len(epochs), s)

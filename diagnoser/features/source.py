@@ -47,7 +47,7 @@ class Source:
         at = (row, self._column_of[chosen])
         value[at] = rows.value[chosen]
         own, batch = rows.std_error[chosen], rows.batch_std_error[chosen]
-        error[at] = np.sqrt(np.nan_to_num(own) ** 2 + np.nan_to_num(batch) ** 2)
+        error[at] = np.hypot(np.where(np.isnan(own), 0, own), np.where(np.isnan(batch), 0, batch))
         if not error.any():
             return Column.exact(value)
         return Column(value, value - 2.0 * error, value + 2.0 * error)
@@ -120,9 +120,10 @@ class Source:
 
     @functools.cached_property
     def initial_loss(self) -> float:
-        """Mean of the first three losses; NaN if there is none or they are not positive."""
+        """Mean of the first three losses; NaN if none, or not all, are positive and finite."""
         first = self.recording.losses.value[:INITIAL_LOSSES]
-        return float(first.mean()) if len(first) and (first > 0).all() else float("nan")
+        usable = len(first) and ((first > 0) & (first < np.inf)).all()
+        return float(first.mean()) if usable else float("nan")
 
     @functools.cached_property
     def accuracy(self) -> Array:

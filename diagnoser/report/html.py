@@ -118,13 +118,14 @@ def render_report(diagnosis: Diagnosis, data: ReportData) -> str:
     environment.filters["number"] = wording.number
     quantities = _ordered(data.quantities)
     groups = wording.findings_by_cause(diagnosis)
+    likely, possible = wording.likely_and_possible(groups)
     return environment.get_template("page.html.j2").render(
         diagnosis=diagnosis,
         words=wording,
         faults=FAULTS,
         categories=CAUSE_CATEGORY,
-        groups=groups,
-        ranks={cause: rank for rank, cause in enumerate(diagnosis.causes, start=1)},
+        likely=likely,
+        possible=possible,
         unexplained=[k for cause, found in groups if cause is None for k, _ in found],
         story=sorted(enumerate(diagnosis.findings, start=1), key=lambda pair: pair[1].since_step),
         worst=max((f.severity for f in diagnosis.findings), key=severity_rank, default=""),

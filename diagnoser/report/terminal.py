@@ -7,16 +7,17 @@ everywhere else. Names are untrusted: they go through `wording.visible`, and mar
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from rich.console import Console
 from rich.text import Text
 
 from diagnoser.report import wording
-from diagnoser.types import Checked, Cost, Diagnosis, Finding, Unknown
+from diagnoser.types import Checked, Cost, Diagnosis, Finding, RankedCause, Unknown
 
 WIDTH: Final = 80
-LINE: Final = 100  # characters of a live notice, names not counted
+LINE: Final = 140  # characters of a live notice, names not counted: enough for its numbers
 
 # How many entries one page has room for; the rest stands in diagnosis.json and the HTML page.
 CAUSES: Final = 4
@@ -61,7 +62,7 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
 def finding_line(finding: Finding) -> str:
     """Returns the one-line notice of a finding that is printed while the training runs.
 
-    At most 100 characters beside the name of the component; the message gives way at a word.
+    At most 140 characters beside the name of the component; the message gives way at a word.
     """
     name = wording.subject(finding.component, finding.other)
     start = f"diagnoser: step {finding.since_step}: {finding.severity}: {finding.fault} in "
@@ -106,60 +107,69 @@ def _heading(text: str) -> Iterator[Line]:
 
 def _causes(diagnosis: Diagnosis) -> Iterator[Line]:
     groups = wording.findings_by_cause(diagnosis)
-    ranked = [(rank, c, f) for rank, (c, f) in enumerate(groups, start=1) if c is not None]
-    shown = [entry for entry in ranked if entry[2]]
-    if shown:
+    likely, possible = wording.likely_and_possible(groups)
+    if likely:
         yield from _heading("likely causes")
-    for rank, cause, findings in shown[:CAUSES]:
+    for rank, (cause, findings) in enumerate(likely[:CAUSES], start=1):
         yield _line(4, wording.cause_sentence(cause), "bold", mark=f"{rank}. ")
         measured = wording.confidence(cause.probability, cause.n)
         label = f"{cause.cause} in {wording.subject(cause.component)}"
-        yield _line(4, f"{label}; {measured}" if measured else label, "dim")
+        notes = (label, measured, wording.place(findings, _here()))
+        yield _line(4, "; ".join(note for note in notes if note), "dim")
         yield from _findings(findings, explained=True)
-        yield from _repairs(findings)
-    yield from _more(len(shown) - CAUSES, "cause")
-    others = [entry for entry in ranked if not entry[2]]
-    if others:
+        yield from _repairs(cause, findings)
+    yield from _more(len(likely) - CAUSES, "cause")
+    if possible:
         yield from _heading("also possible")
-    for rank, cause, _ in others[:OTHERS]:
+    for rank, cause in enumerate(possible[:OTHERS], start=len(likely) + 1):
         yield _line(4, f"{cause.cause} in {wording.subject(cause.component)}", mark=f"{rank}. ")
-    yield from _more(len(others) - OTHERS, "cause")
-    for _, findings in groups[len(ranked) :]:
-        yield from _heading("findings without a ranked cause")
-        yield from _findings(findings, explained=False)
-        yield from _repairs(findings)
+    yield from _more(len(possible) - OTHERS, "cause")
+    for unranked, findings in groups:
+        if unranked is None:
+            yield from _heading("findings without a ranked cause")
+            yield from _findings(findings, explained=False)
+            yield from _repairs(None, findings)
 
 
-def _findings(findings: Sequence[tuple[int, Finding]], explained: bool) -> Iterator[Line]:
-    for _, finding in findings[:FINDINGS]:
-        where = finding.where
-        place = f" ({wording.visible(where.file)}, line {where.line})" if where else ""
+def _findings(findings: Sequence[wording.Numbered], explained: bool) -> Iterator[Line]:
+    for number, finding in findings[:FINDINGS]:
+        place = "" if explained else wording.place([(number, finding)], _here())
         yield Line(
             4,
             (
                 (finding.severity, _STYLES[finding.severity]),
                 (f" {finding.fault}", "bold"),
                 (f" in {wording.subject(finding.component, finding.other)}", ""),
-                (f" from step {finding.since_step}{place}", ""),
+                (f" from step {finding.since_step}{f' ({place})' if place else ''}", ""),
             ),
         )
         yield _line(8, wording.visible(finding.message, limit=240))
-        for evidence in finding.evidence[:EVIDENCE]:
+        shown = _shown(len(finding.evidence), EVIDENCE)
+        for evidence in finding.evidence[:shown]:
             yield _line(10, wording.observation(evidence), "cyan", mark="- ")
         if finding.causes and not explained:
             yield _line(8, f"possible causes: {', '.join(c.cause for c in finding.causes)}")
-        yield from _more(len(finding.evidence) - EVIDENCE, "comparison", indent=10)
+        yield from _more(len(finding.evidence) - shown, "comparison", indent=10)
     yield from _more(len(findings) - FINDINGS, "finding")
 
 
-def _repairs(findings: Sequence[tuple[int, Finding]]) -> Iterator[Line]:
-    repairs = wording.suggestions(findings)
+def _repairs(cause: RankedCause | None, findings: Sequence[wording.Numbered]) -> Iterator[Line]:
+    repairs = wording.suggestions(cause, findings)
     if not repairs:
         return
     yield _line(4, "what to try", "bold")
-    for repair in repairs[:REPAIRS]:
+    shown = _shown(len(repairs), REPAIRS)
+    for repair in repairs[:shown]:
         yield _line(6, f"{repair.name}: {wording.repair_sentence(repair)}", mark="- ")
-    yield from _more(len(repairs) - REPAIRS, "suggestion")
+    yield from _more(len(repairs) - shown, "suggestion")
+
+
+def _here() -> Path | None:
+    """Returns the present directory, None where the script has removed it."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return None
 
 
 def _checked(checked: Sequence[Checked]) -> Iterator[Line]:
@@ -178,13 +188,18 @@ def _unknown(unknown: Sequence[Unknown]) -> Iterator[Line]:
     yield from _heading("could not be judged")
     groups = wording.unknown_by_reason(unknown)
     for rules, reason in groups[:UNKNOWN]:
-        yield _line(6, f"{rules[:200]}: {reason}", mark="- ")
+        yield _line(6, f"{wording.visible(rules, limit=300)}: {reason}", mark="- ")
     yield from _more(len(groups) - UNKNOWN, "reason")
 
 
 def _cost(cost: Cost) -> Iterator[Line]:
     yield from _heading("cost")
     yield _line(4, wording.cost_sentence(cost))
+
+
+def _shown(available: int, room: int) -> int:
+    """Returns how many to show: one too many is shown, too, as saying so would take its line."""
+    return available if available <= room + 1 else room
 
 
 def _more(n: int, noun: str, indent: int = 4) -> Iterator[Line]:

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from pathlib import Path
+from typing import Final, TypeAlias
 
 from diagnoser.types import Cost, Diagnosis, Evidence, Finding, RankedCause, Repair, Unknown
 from diagnoser.vocabulary import MODEL
+
+Numbered: TypeAlias = tuple[int, Finding]  # a finding with its rank, from 1
+
+RULES: Final = 4  # that could not be judged for one reason, by name
 
 # {of}: " of NAME", {at}: " in NAME", both empty for the whole model.
 CAUSE_SENTENCES: Final[dict[str, str]] = {
@@ -22,7 +27,9 @@ CAUSE_SENTENCES: Final[dict[str, str]] = {
     "missing_zero_grad": "Gradients{of} are not cleared, so they add up over steps.",
     "gradient_clipping": "Gradient clipping{at} is missing, or cuts too much.",
     "excessive_weight_decay": "Weight decay{at} is stronger than the gradient.",
-    "component_not_optimized": "The optimizer does not train {name}.",
+    "component_not_optimized": (
+        "{name_first} does not learn: frozen, cut off from the loss, or not in the optimizer."
+    ),
     "insufficient_training": "The training{of} stopped before it had converged.",
     "attention_scale": "The attention logits{at} are scaled wrongly.",
     "attention_mask": "The attention mask{at} is missing, inverted or on the wrong axis.",
@@ -64,7 +71,10 @@ REPAIR_SENTENCES: Final[dict[str, tuple[str, dict[str, str]]]] = {
         "Clear the optimizer's running averages{of}; they remember the disturbance.",
         {},
     ),
-    "reinitialize": ("Draw the weights{of} anew from their initial distribution.", {}),
+    "reinitialize": (
+        "Draw the weights{of} anew from their initial distribution, as a restart does.",
+        {},
+    ),
     "temper_attention": (
         "Multiply the attention logits{of} by {factor} before the softmax.",
         {"factor": "a factor below 1"},
@@ -162,9 +172,13 @@ def observation(evidence: Evidence) -> str:
 
 
 def subject(component: str, other: str | None = None) -> str:
-    """Returns the name to print: a component, a pair, or «the model»."""
-    name = "the model" if component == MODEL else visible(component)
-    return name if other is None else f"{name} and {visible(other)}"
+    """Returns the name to print: a component, a pair, or «the model».
+
+    >>> subject("model"), subject("encoder", "head"), subject("0")  # nn.Sequential counts its parts
+    ('the model', 'encoder and head', 'module 0')
+    """
+    name = "the model" if component == MODEL else _named(component)
+    return name if other is None else f"{name} and {_named(other)}"
 
 
 def cause_sentence(cause: RankedCause) -> str:
@@ -218,7 +232,7 @@ def count(n: int, noun: str) -> str:
 
 def findings_by_cause(
     diagnosis: Diagnosis,
-) -> list[tuple[RankedCause | None, list[tuple[int, Finding]]]]:
+) -> list[tuple[RankedCause | None, list[Numbered]]]:
     """Groups the findings (numbered from 1 in their rank) under the cause that explains them.
 
     The first of a finding's own causes that is ranked for its component, for a part of it or for
@@ -226,8 +240,8 @@ def findings_by_cause(
     may show elsewhere. Findings that no ranked cause explains come last, under None; causes that
     explain no finding best keep an empty list.
     """
-    groups: dict[int, list[tuple[int, Finding]]] = {k: [] for k in range(len(diagnosis.causes))}
-    unexplained: list[tuple[int, Finding]] = []
+    groups: dict[int, list[Numbered]] = {k: [] for k in range(len(diagnosis.causes))}
+    unexplained: list[Numbered] = []
     for position, finding in enumerate(diagnosis.findings, start=1):
         named = [
             k
@@ -238,33 +252,79 @@ def findings_by_cause(
         near = [k for k in named if _related(diagnosis.causes[k].component, finding)]
         best = next(iter(near or named), None)
         (unexplained if best is None else groups[best]).append((position, finding))
-    grouped: list[tuple[RankedCause | None, list[tuple[int, Finding]]]] = [
+    grouped: list[tuple[RankedCause | None, list[Numbered]]] = [
         (diagnosis.causes[k], findings) for k, findings in groups.items()
     ]
     return [*grouped, (None, unexplained)] if unexplained else grouped
 
 
+def likely_and_possible(
+    groups: Sequence[tuple[RankedCause | None, list[Numbered]]],
+) -> tuple[list[tuple[RankedCause, list[Numbered]]], list[RankedCause]]:
+    """Splits grouped causes into those with findings and those that are only possible.
+
+    Of the second, one that a likely cause of its name covers is left out: it says nothing new.
+    """
+    likely = [(cause, found) for cause, found in groups if cause is not None and found]
+    possible = [
+        cause
+        for cause, found in groups
+        if cause is not None
+        and not found
+        and not any(
+            c.cause == cause.cause and _covers(c.component, cause.component) for c, _ in likely
+        )
+    ]
+    return likely, possible
+
+
 def unknown_by_reason(unknown: Sequence[Unknown]) -> list[tuple[str, str]]:
-    """Groups what could not be judged: ``(rules and components, reason)``, each reason once."""
+    """Groups what could not be judged: ``(rules and components, reason)``, each reason once.
+
+    A reason names what is missing where that helps; the full list stands in diagnosis.json.
+    """
     rules: dict[str, dict[str, list[str]]] = {}
     for entry in unknown:
-        missing = ", ".join(visible(name) for name in entry.missing)
-        text = visible(entry.reason, limit=200)
-        reason = f"{text} ({missing} missing)" if missing else text
+        reason = visible(entry.reason, limit=200)
         rules.setdefault(reason, {}).setdefault(visible(entry.rule), []).append(entry.component)
-    return [
-        ("; ".join(f"{rule}{_places(names)}" for rule, names in by_rule.items()), reason)
-        for reason, by_rule in rules.items()
-    ]
+    grouped = []
+    for reason, by_rule in rules.items():
+        named = [f"{rule}{_places(names)}" for rule, names in by_rule.items()]
+        more = f" and {len(named) - RULES} more" if len(named) > RULES else ""
+        grouped.append(("; ".join(named[:RULES]) + more, reason))
+    return grouped
 
 
-def suggestions(findings: Sequence[tuple[int, Finding]]) -> list[Repair]:
-    """Returns the repairs that the findings suggest, each once a component, in ranked order."""
-    repairs: dict[tuple[str, str], Repair] = {}
+def suggestions(cause: RankedCause | None, findings: Sequence[Numbered]) -> list[Repair]:
+    """Returns the repairs that the findings under a cause suggest, in ranked order.
+
+    One that an earlier one covers, at the same place or at the whole it belongs to, is left out.
+    So is one for another place than the cause's: a symptom there goes with its cause.
+    """
+    repairs: list[Repair] = []
     for _, finding in findings:
         for repair in finding.repairs:
-            repairs.setdefault((repair.name, repair.component), repair)
-    return list(repairs.values())
+            covered = any(
+                repair.name == earlier.name and _covers(earlier.component, repair.component)
+                for earlier in repairs
+            )
+            if not covered and (cause is None or _near(cause.component, repair.component)):
+                repairs.append(repair)
+    return repairs
+
+
+def place(findings: Sequence[Numbered], start: Path | None = None) -> str:
+    """Returns ``file, line n`` of the first finding that knows its place, empty if none does.
+
+    A file below ``start`` is named from there.
+    """
+    where = next((finding.where for _, finding in findings if finding.where), None)
+    if where is None:
+        return ""
+    file = where.file
+    if start is not None and Path(file).is_relative_to(start):
+        file = str(Path(file).relative_to(start))
+    return f"{visible(file, limit=120)}, line {where.line}"
 
 
 def _phrases(component: str) -> dict[str, str]:
@@ -272,7 +332,7 @@ def _phrases(component: str) -> dict[str, str]:
     name = subject(component)
     return {
         "name": name,
-        "name_first": name[0].upper() + name[1:] if whole else name,
+        "name_first": name if name == visible(component) else name[0].upper() + name[1:],
         "of": "" if whole else f" of {name}",
         "at": "" if whole else f" in {name}",
         "where_": "to the model" if whole else f"to {name}",
@@ -282,19 +342,27 @@ def _phrases(component: str) -> dict[str, str]:
 
 def _related(component: str, finding: Finding) -> bool:
     """Tells whether a cause in ``component`` is about a finding: same place, part or whole."""
-    places = [place for place in (finding.component, finding.other) if place is not None]
-    return component == MODEL or any(
-        place == component or _inside(place, component) or _inside(component, place)
-        for place in places
-    )
+    places = [name for name in (finding.component, finding.other) if name is not None]
+    return any(_near(component, name) for name in places)
 
 
-def _inside(name: str, prefix: str) -> bool:
-    return name.startswith((f"{prefix}.", f"{prefix}[", f"{prefix}:"))
+def _near(cause: str, name: str) -> bool:
+    """The model as a whole is near only to a cause in it all, not to one in some part."""
+    return _covers(cause, name) or (name != MODEL and _covers(name, cause))
+
+
+def _covers(whole: str, name: str) -> bool:
+    inside = name.startswith((f"{whole}.", f"{whole}[", f"{whole}:"))
+    return whole in (MODEL, name) or inside
+
+
+def _named(component: str) -> str:
+    name = visible(component)
+    return f"module {name}" if name[:1].isdigit() else name
 
 
 def _places(components: Sequence[str]) -> str:
     if components[0] == MODEL:
         return ""
     more = f" and {len(components) - 1} more" if len(components) > 1 else ""
-    return f" in {visible(components[0])}{more}"
+    return f" in {_named(components[0])}{more}"
