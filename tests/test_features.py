@@ -90,6 +90,13 @@ KNOWN = {
         },
         {"model": [0.2, 0.225, 0.25, 0.6]},
     ),
+    "median_weight_growth": case(
+        {
+            "weight_norm": {"a.query": [1, 2, 4], "b.query": [2, 2, 6], "head": [1, 90, 90]},
+            "gradient_norm": {"a.query": [1] * 3, "b.query": [1] * 3, "head": [0] * 3},
+        },
+        {"model": [1, 1.5, 3.5]},
+    ),
     "model_step_sharpness": case(
         {"step_sharpness": {"model": [1.0, 9.0, 2.0, None, 3.0]}}, {"model": [1, 5, 2, NAN, 3]}
     ),

@@ -6,6 +6,8 @@ matrices.
 
 from __future__ import annotations
 
+import numpy as np
+
 from diagnoser.features.catalogue import CATALOGUE, FEATURES
 from diagnoser.features.source import Source
 from diagnoser.runlog import Recording
@@ -29,11 +31,13 @@ def feature_tables(recording: Recording) -> dict[Scope, Table]:
         "pair": source.pairs,
     }
     tables: dict[Scope, Table] = {}
-    for scope, members in subjects.items():
-        columns = {
-            name: function(source)
-            for name, (feature, function) in FEATURES.items()
-            if feature.scope == scope
-        }
-        tables[scope] = Table(scope, source.steps, members, columns, source.kinds)
+    # What overflows or is 0 / 0 is Inf or NaN in the column, which is what rules need to see.
+    with np.errstate(all="ignore"):
+        for scope, members in subjects.items():
+            columns = {
+                name: function(source)
+                for name, (feature, function) in FEATURES.items()
+                if feature.scope == scope
+            }
+            tables[scope] = Table(scope, source.steps, members, columns, source.kinds)
     return tables

@@ -115,6 +115,13 @@ FEATURES: Final[Mapping[str, Entry]] = {
             high=1,
         ),
         entry(
+            "median_weight_growth",
+            "run",
+            f.median_weight_growth,
+            ("weight_norm", "gradient_norm"),
+            "median over components that are trained of weight norm over its first value",
+        ),
+        entry(
             "median_update_ratio",
             "run",
             f.median_update_ratio,

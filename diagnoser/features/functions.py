@@ -23,8 +23,7 @@ def of_the_run(value: float, source: Source) -> Column:
 
 
 def quotient(a: Array, b: Array) -> Array:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        result: Array = a / b
+    result: Array = a / b
     return np.where(np.isfinite(result), result, np.nan)
 
 
@@ -111,9 +110,7 @@ def loss_fall(s: Source) -> Column:
 
 def loss_rise(s: Source) -> Column:
     best = np.fmin.accumulate(s.loss, axis=1)
-    with np.errstate(invalid="ignore"):  # Inf - Inf is NaN, and meant
-        rise = s.loss - best
-    return Column.exact(quotient(rise, np.full_like(best, s.initial_loss)))
+    return Column.exact(quotient(s.loss - best, np.full_like(best, s.initial_loss)))
 
 
 def loss_spread(s: Source) -> Column:
@@ -172,6 +169,11 @@ def gradient_to_start(s: Source) -> Column:
     return Column.exact(
         quotient(moving_median(norm), np.broadcast_to(early_median(norm), norm.shape))
     )
+
+
+def median_weight_growth(s: Source) -> Column:
+    trained = s.component("gradient_norm").value > 0
+    return Column.exact(median_over_components(np.where(trained, weight_growth(s).value, np.nan)))
 
 
 def weight_growth(s: Source) -> Column:
@@ -258,8 +260,10 @@ def trained_share(s: Source) -> Column:
 
 def negative_curvature_ratio(s: Source) -> Column:
     low, high = s.component("lambda_min"), s.component("lambda_max")
-    scale = np.maximum(np.abs(high.value), 1e-30)
-    return Column(-low.value / scale, -low.upper / scale, -low.lower / scale)
+    scale = np.abs(high.value)  # without any positive curvature there is nothing to compare with
+    return Column(
+        quotient(-low.value, scale), quotient(-low.upper, scale), quotient(-low.lower, scale)
+    )
 
 
 def trace_z(s: Source) -> Column:

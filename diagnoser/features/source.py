@@ -103,8 +103,7 @@ class Source:
             width = max(3, min(LOSS_WINDOW, so_far // 2), so_far // 10)
             first, last = np.searchsorted(step, [at - width + 1, at + 1])
             if last > first:
-                with np.errstate(invalid="ignore", over="ignore"):  # Inf - Inf is NaN, and meant
-                    result[0, i] = function(curve[first:last])
+                result[0, i] = function(curve[first:last])
         return result
 
     @functools.cached_property

@@ -23,6 +23,8 @@ from diagnoser.table import Scope
 from diagnoser.types import Cause, Checked, Evidence, Finding, Repair, Unknown
 from diagnoser.vocabulary import MODEL
 
+_MEASURED_OF: Final = {"run": "step", "component": "component", "pair": "pair of components"}
+
 Forced = Mapping[tuple[int, int], int]  # (stage, condition): the truth value it is given
 
 STATE_UNKNOWN: Final = -1
@@ -243,7 +245,7 @@ def _evidence(
 def _unknown(rule: Rule, view: View, decided: NDArray[np.bool_]) -> Iterator[Unknown]:
     """Yields what could not be judged: one entry for all subjects, or one for each of some."""
     if not view.subjects or not len(view.steps):
-        reason = f"nothing was measured in scope {rule.scope}"
+        reason = f"no {_MEASURED_OF[rule.scope]} was measured"
         yield Unknown(rule.id, MODEL, rule.names, reason)
         return
     undecided = np.flatnonzero(~decided)
