@@ -63,11 +63,13 @@ def test_every_fault_does_harm_or_is_a_defect() -> None:
             assert harm[truth.subject]["faults"][truth.fault]["harm"] == "proven"
 
 
-@pytest.mark.parametrize("loop", ["han", "transformer", "tiny"])
+@pytest.mark.parametrize("loop", ["han", "han_short", "transformer", "tiny"])
 def test_watching_keeps_its_budget(loop: str) -> None:
     row = json.loads((RESULTS / "overhead.json").read_text(encoding="utf-8"))[loop]
     assert row["curvature_measurements"] >= 8
     if row["plain_ms_a_step"] >= 30:
         assert row["ratio_median"] <= 1.125
     else:
-        assert row["us_a_step_besides_guaranteed"] <= 150
+        assert row["us_a_step_besides_guaranteed"]["own_clock"] <= 150
+        if loop == "tiny":  # elsewhere two plain runs differ by more than what is asked for
+            assert row["us_a_step_besides_guaranteed"]["by_difference"] <= 150

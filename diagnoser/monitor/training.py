@@ -93,9 +93,10 @@ class Monitor:
 
     def before_backward(self, root: Any) -> None:
         """See `interception.Listener`."""
-        with self._guard("backward"):
+        with self._guard("step"):  # apart, so that it is booked under the plan of the step it ends
             if self._step_is_over():
                 self._end_step()
+        with self._guard("backward"):
             if self._backwards == 0:
                 self._begin_step()
             self._backwards += 1
