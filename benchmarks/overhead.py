@@ -1,10 +1,11 @@
 """What watching costs at the default budget, on both subjects and on a very small network.
 
 The same training loop runs watched and unwatched in turn, in one process, one thread; its CPU time
-is taken, the ratio pair by pair, and the median quoted. For steps under 30 ms the rest beside
-the guaranteed measurements is given in microseconds a step: by the monitor's own clock, and by
-difference, which only resolves it on the smallest network (see the control, plain against plain). Run it on an idle machine
-with ``python -m benchmarks.overhead``; the figures are ``benchmarks/results/overhead.json``.
+is taken, the ratio pair by pair, and the median quoted. For steps under 30 ms the rest beside the
+guaranteed measurements is given in microseconds a step: by the monitor's own clock, and by
+difference, which only resolves it on the smallest network (see the control, plain against plain).
+Run it on an idle machine with ``python -m benchmarks.overhead``; the figures are
+``benchmarks/results/overhead.json``.
 """
 
 from __future__ import annotations
