@@ -70,6 +70,4 @@ def test_watching_keeps_its_budget(loop: str) -> None:
     if row["plain_ms_a_step"] >= 30:
         assert row["ratio_median"] <= 1.125
     else:
-        assert row["us_a_step_besides_guaranteed"]["own_clock"] <= 150
-        if loop == "tiny":  # elsewhere two plain runs differ by more than what is asked for
-            assert row["us_a_step_besides_guaranteed"]["by_difference"] <= 150
+        assert row["us_a_step_unguaranteed_median"] <= 150

@@ -257,6 +257,14 @@ def test_bounds_are_two_standard_errors_of_both_kinds_together() -> None:
     np.testing.assert_allclose(bounds, (9.0, 10.0, 11.0))
 
 
+def test_an_unknown_error_of_the_estimator_makes_the_bounds_unknown() -> None:
+    series = {"step_lambda": {"head": [10.0]}}
+    found = column(made_recording(COMPONENTS, series, std_error=None), "step_lambda")
+    row = list(COMPONENTS).index("head")
+    assert found.value[row, 0] == 10.0
+    assert np.isnan(found.lower[row, 0]) and np.isnan(found.upper[row, 0])
+
+
 def test_the_most_negative_curvature_keeps_its_bounds_in_the_ratio() -> None:
     series = {"lambda_min": {"head": [-3.0]}, "lambda_max": {"head": [2.0]}}
     found = column(made_recording(COMPONENTS, series, std_error=0.5), "negative_curvature_ratio")

@@ -272,3 +272,23 @@ def test_findings_are_said_as_they_appear_and_only_once(tmp_path, capsys):
     lines = [line for line in err.splitlines() if "gradients" in line or "program_defect" in line]
     assert out == ""
     assert len(lines) == 1 and lines[0].startswith("diagnoser: step ")
+
+
+def test_the_accuracy_of_a_cross_entropy_is_recorded_as_it_was(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = []
+    with watch(model, optimizer, out=tmp_path / "run", verbose=False) as observer:
+        for _ in range(25):
+            x, y = torch.randn(16, 4), torch.randint(3, (16,))
+            y[:5] = -100  # not counted
+            optimizer.zero_grad()
+            scores = model(x)
+            nn.functional.cross_entropy(scores, y).backward()
+            optimizer.step()
+            expected.append(float((scores.argmax(1) == y)[5:].float().mean()))
+    found = observer.log.accuracies.value
+    known = ~np.isnan(found)
+    assert known[::4].all()  # such short steps are looked at one in four
+    np.testing.assert_allclose(found[known], np.array(expected)[known], rtol=1e-6)

@@ -46,9 +46,11 @@ class Source:
         error = np.zeros_like(value)
         at = (row, self._column_of[chosen])
         value[at] = rows.value[chosen]
-        own, batch = rows.std_error[chosen], rows.batch_std_error[chosen]
-        error[at] = np.hypot(np.where(np.isnan(own), 0, own), np.where(np.isnan(batch), 0, batch))
-        if not error.any():
+        # An unknown error of the estimator makes the bounds unknown. That of the batch is unknown
+        # on every single batch; there a rule asks for several measurements in a row.
+        batch = rows.batch_std_error[chosen]
+        error[at] = np.hypot(rows.std_error[chosen], np.where(np.isnan(batch), 0.0, batch))
+        if not error.any():  # NaN counts as an error
             return Column.exact(value)
         return Column(value, value - 2.0 * error, value + 2.0 * error)
 
@@ -136,7 +138,7 @@ class Source:
         """Mean training accuracy of twenty equal parts of the run, of ten steps or more each."""
         curve = self.recording.accuracies
         values = curve.value[~np.isnan(curve.value)]
-        parts = min(EPOCHS, len(values) // LOSS_WINDOW)
+        parts = min(EPOCHS, len(curve.value) // LOSS_WINDOW, len(values) // 2)
         if parts < 2:
             return np.empty(0)
         return np.array([part.mean() for part in np.array_split(values, parts)])

@@ -88,19 +88,22 @@ class Schedule:
         return replace(second, statistics=True, follow=False)
 
     @property
+    def step_s(self) -> float:
+        """Seconds of training that a step has taken on average."""
+        return self.training_s / max(self.steps, 1)
+
+    @property
     def credit(self) -> float:
         """Seconds that may be spent on bought measurements now."""
-        step_s = self.training_s / max(self.steps, 1)
-        if step_s < SMALL_STEP_S:
-            allowance = min(self.overhead * step_s, SMALL_STEP_BUDGET_S)
+        if self.step_s < SMALL_STEP_S:
+            allowance = min(self.overhead * self.step_s, SMALL_STEP_BUDGET_S)
             return allowance * self.steps - self.bought_s
         return self.overhead * self.training_s - self.guaranteed_s - self.bought_s
 
     def expected_cost(self, turn: str) -> float:
         """Seconds the next turn is expected to take: the last one's, else a multiple of a step."""
-        step_s = self.training_s / max(self.steps, 1)
         first_guess = {"sample": 4.0, "spectrum": 40.0, "interaction": 30.0}[turn]
-        return self._costs.get(turn, first_guess * step_s)
+        return self._costs.get(turn, first_guess * self.step_s)
 
     def account(self, plan: Plan, seconds: float) -> None:
         """Books ``seconds`` of monitoring; ``plan`` is the second step's where there are two."""

@@ -22,17 +22,17 @@ from diagnoser.errors import MeasurementError
 from diagnoser.monitor.interception import Books, loss_scale, user_place
 from diagnoser.monitor.quiet import quiet
 from diagnoser.monitor.sample import Sample
-from diagnoser.monitor.schedule import Plan, Schedule
+from diagnoser.monitor.schedule import SMALL_STEP_S, Plan, Schedule
 from diagnoser.monitor.subject import StepRule, Subject, coming_update, find_models, step_rules
 from diagnoser.runlog import RunLogWriter
-from diagnoser.statistics import GraphReading, read_graph
-from diagnoser.types import Component, Cost, Where
+from diagnoser.statistics import GraphReading, read_graph, signed
+from diagnoser.types import Component, Cost
 from diagnoser.vocabulary import MODEL
 
-Loss = Callable[[nn.Module, Any], Tensor]
 LOOKS_AT_NON_FINITE = 10  # steps with a loss that is not finite, to catch where it is born
 MAX_FAILURES = 5  # of one kind of measurement, after which it is not tried again
 SPECTRUM_COMPONENTS = 2  # measured at a time, in turn
+ACCURACY_EVERY = 4  # steps, where a step takes less than SMALL_STEP_S
 LARGE_SCORES = 65_536  # elements of a classification's scores beyond which accuracy is sampled
 
 
@@ -72,7 +72,7 @@ class Monitor:
         self._on_measured = on_measured
         self._failures: dict[str, int] = {}
         self._started: float | None = None
-        self._spent = 0.0
+        self._spent = self._since = 0.0
         self._generator = torch.Generator().manual_seed(0)
         self._next_component = 0
         # the running step
@@ -87,16 +87,15 @@ class Monitor:
         self._steps_of: dict[int, int] = {}
         self._stepped: set[int] = set()  # optimizers, in the running step
         self._looks_at_non_finite = 0
-        self._place: Where | None = None
 
     # -- what the interception tells --------------------------------------------------------------
 
     def before_backward(self, root: Any) -> None:
         """See `interception.Listener`."""
-        with self._guard("step"):  # apart, so that it is booked under the plan of the step it ends
+        with self._guard("backward"):
             if self._step_is_over():
                 self._end_step()
-        with self._guard("backward"):
+                self._book()  # under the plan of the step that ended
             if self._backwards == 0:
                 self._begin_step()
             self._backwards += 1
@@ -238,19 +237,24 @@ class Monitor:
             self.log.loss(step, float(loss), accuracy)
 
     def _count_right(self, loss: Tensor) -> None:
-        """Adds up the accuracy of a cross-entropy that is the loss itself: no walk, no wait."""
+        """Adds up the accuracy of a cross-entropy that is the loss itself: no walk, no wait.
+
+        Where steps are short it is looked at on every fourth.
+        """
+        if self.step % ACCURACY_EVERY and self.schedule.step_s < SMALL_STEP_S:
+            return
         node: Any = loss.grad_fn
         if node is None or node.name() != "NllLossBackward0":
             return
         if getattr(node._raw_saved_self, "unpack_hook", None) is not None:
             return  # under checkpointing, looking would compute the forward again
         scores, target = node._saved_self, node._saved_target
-        if scores.ndim != 2 or scores.numel() > LARGE_SCORES:
-            return
-        with torch.no_grad():
-            counted = target != node._saved_ignore_index
-            self._right += int(((scores.argmax(dim=1) == target) & counted).sum())
-            self._counted += int(counted.sum())
+        if scores.ndim != 2 or scores.numel() > LARGE_SCORES or scores.element_size() < 4:
+            return  # numpy, which takes half the time on numbers this few, has no bfloat16
+        labels = target.numpy()
+        counted = labels != signed(node._saved_ignore_index)
+        self._right += int(((scores.detach().numpy().argmax(axis=1) == labels) & counted).sum())
+        self._counted += int(counted.sum())
 
     def _measure_before(self, loss: Tensor) -> None:
         plan = self._plan
@@ -282,7 +286,7 @@ class Monitor:
             return
         subject = sample.subject
         wanted = {n: p for n, p in subject.parameters.items() if p.requires_grad}
-        with self._guard("curvature"), self._quietly(subject):
+        with self._trying("curvature"), self._quietly(subject):
             if self._probe is not None:
                 losses, method, scale = self._probe(), "probe", 1.0
                 value = float(torch.stack([part.detach() for part in losses]).mean())
@@ -403,15 +407,15 @@ class Monitor:
                 models, free = find_models(self._books.modules, parameters, optimizers)
         self.subject = Subject(models, free)
         self.log.components(self.step, (*self.subject.components, *self.subject.layers), {})
-        self._place = user_place()
         for optimizer in self._optimizers():
             place = self._books.optimizer_places.get(id(optimizer))
             data = {"class": type(optimizer).__name__, "groups": len(optimizer.param_groups)}
             if place is not None:
                 data |= {"file": place.file, "line": place.line}
             self.log.fact(self.step, "optimizer", MODEL, 1.0, data)
-        if self._place is not None:
-            data = {"file": self._place.file, "line": self._place.line}
+        place = user_place()
+        if place is not None:
+            data = {"file": place.file, "line": place.line}
             self.log.fact(self.step, "backward", MODEL, 1.0, data)
 
     def _optimizers(self) -> Iterator[torch.optim.Optimizer]:
@@ -429,18 +433,30 @@ class Monitor:
     @contextmanager
     def _guard(self, what: str) -> Iterator[None]:
         """Times our own work and turns our own failures into events."""
-        start = time.perf_counter()
+        self._since = time.perf_counter()
         try:
             yield
         except Exception as error:
             self._failed(what, error)
         finally:
-            if what != "curvature":  # timed by the backward it lies in
-                seconds = time.perf_counter() - start
-                self._spent += seconds
-                self.schedule.account(self._plan, seconds)
-                if self._sample is not None:
-                    self._sample.seconds += seconds
+            self._book()
+
+    def _book(self) -> None:
+        """Books the time since the last booking under the plan of the running step."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        self._spent += seconds
+        self.schedule.account(self._plan, seconds)
+        if self._sample is not None:
+            self._sample.seconds += seconds
+
+    @contextmanager
+    def _trying(self, what: str) -> Iterator[None]:
+        """Lets one kind of measurement fail without those that follow it in the same guard."""
+        try:
+            yield
+        except Exception as error:
+            self._failed(what, error)
 
     def _failed(self, what: str, error: Exception) -> None:
         self._failures[what] = count = self._failures.get(what, 0) + 1

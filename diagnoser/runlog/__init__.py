@@ -2,7 +2,7 @@
 
 `RunLogWriter` writes it beside a training run; `read_run` reads it anywhere, without torch. Both
 hand the same decoded lines to the same `RecordingBuilder`, so a diagnosis made while the run goes
-on equals the one made from its log (law 7).
+on equals the one made from its log (law 6).
 
 Why lines of JSON and not SQLite (WAL mode), by ``benchmarks/runlog_format.py``: SQLite stores NaN
 as NULL, and a NaN is never turned into something else here (law 3); its write-ahead log does not

@@ -4,7 +4,13 @@ Everything here only reads. Per-component numbers are taken with one fused call 
 and one read-out, so that a device is synchronised once a measurement.
 """
 
-from diagnoser.statistics.graph import AttentionStatistics, GraphReading, LossReading, read_graph
+from diagnoser.statistics.graph import (
+    AttentionStatistics,
+    GraphReading,
+    LossReading,
+    read_graph,
+    signed,
+)
 from diagnoser.statistics.norms import (
     PartList,
     cosines,
@@ -26,5 +32,6 @@ __all__ = [
     "nonzero_shares",
     "norms",
     "read_graph",
+    "signed",
     "sums",
 ]

@@ -152,13 +152,22 @@ def _skip_shapes(node: Node) -> Node:
     return node
 
 
+def signed(saved: int) -> int:
+    """Returns an integer as it was given; nodes show negative ones as unsigned 64-bit numbers.
+
+    >>> signed(2**64 - 100), signed(3)
+    (-100, 3)
+    """
+    return saved - 2**64 if saved >= 2**63 else saved
+
+
 def _read_loss(node: Node) -> LossReading | None:
     target = node._saved_target
     if node.name().startswith("NllLoss"):
         scores = node._saved_self
         if scores.ndim == 1:
             scores, target = scores.unsqueeze(0), target.reshape(1)
-        counted = target != node._saved_ignore_index
+        counted = target != signed(node._saved_ignore_index)
         right, classes = scores.argmax(dim=1) == target, scores.shape[1]
     else:
         scores = node._saved_self
@@ -236,8 +245,7 @@ def _nearest_parameters(*starts: Node) -> tuple[Tensor, ...]:
 
 def _read_softmax(node: Node) -> AttentionStatistics:
     weights = node._saved_result
-    dim = node._saved_dim
-    dim = dim - 2**64 if dim >= 2**63 else dim  # saved as an unsigned number
+    dim = signed(node._saved_dim)
     visible = _visible(node, weights)
     visible = visible if visible is None else visible.movedim(dim, -1)
     logits = _largest_logit(_inputs(node)[0], 1.0) if _inputs(node) else math.nan
