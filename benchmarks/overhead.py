@@ -126,7 +126,7 @@ def lockstep(make: Callable[[], Loop], watched: bool) -> Lockstep:
         for step in range(loops[0].steps):
             batch = next(loops[0].batches)
             for which in ((0, 1), (1, 0))[step % 2]:
-                with unseen() if observer and which == 1 else nullcontext():
+                with unseen(observer) if observer and which == 1 else nullcontext():
                     took[which, step] = seconds(loops[which], batch)
         if observer is not None:
             observer.__exit__(None, None, None)
@@ -134,11 +134,13 @@ def lockstep(make: Callable[[], Loop], watched: bool) -> Lockstep:
 
 
 @contextmanager
-def unseen() -> Iterator[None]:
+def unseen(observer: Watch) -> Iterator[None]:
     """Takes a step past the watch: the parts of it that a step runs through are set aside.
 
-    The patched constructors stay, as exchanging methods of classes slows both loops down.
+    The patched constructors stay, as exchanging methods of classes slows both loops down. The time
+    is taken off the watch's clock, as its budget is a share of the watched training's own.
     """
+    start = time.perf_counter()
     watched = torch.autograd.backward
     hooks = (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks)
     kept = [dict(each) for each in hooks]
@@ -151,6 +153,8 @@ def unseen() -> Iterator[None]:
         torch.autograd.backward = watched
         for each, content in zip(hooks, kept, strict=True):
             each.update(content)
+        if observer._monitor._started is not None:
+            observer._monitor._started += time.perf_counter() - start
 
 
 def seconds(loop: Loop, batch: tuple[Tensor, Tensor]) -> float:
