@@ -11,6 +11,7 @@ from diagnoser.curvature.along import (
     coupling_matrix,
     row_curvature,
 )
+from diagnoser.curvature.block_trace import Aim, block_trace
 from diagnoser.curvature.fused_attention import second_derivative_of_fused_attention
 from diagnoser.curvature.hessian import Block, Hessian, Vector
 from diagnoser.curvature.lanczos import (
@@ -20,6 +21,7 @@ from diagnoser.curvature.lanczos import (
     largest_eigenvalues,
     precondition,
 )
+from diagnoser.curvature.per_sample import Direction, RandomSigns, SampleForms
 from diagnoser.curvature.self_checks import (
     finite_difference_defect,
     symmetry_defect,
@@ -29,14 +31,19 @@ from diagnoser.curvature.self_checks import (
 from diagnoser.curvature.trace import hutchinson_trace
 
 __all__ = [
+    "Aim",
     "Block",
     "Coupling",
+    "Direction",
     "Ends",
     "Hessian",
+    "RandomSigns",
     "RowCurvature",
+    "SampleForms",
     "Vector",
     "block_curvature",
     "block_eigenvalues",
+    "block_trace",
     "coupling_matrix",
     "extreme_eigenvalues",
     "finite_difference_defect",

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from diagnoser.curvature.fused_attention import second_derivative_of_fused_attention
+from diagnoser.curvature.sites import Site, find_sites
 from diagnoser.errors import MeasurementError
 from diagnoser.types import Part
 
@@ -46,6 +49,8 @@ class Hessian:
         parameters: Name to leaf tensor. A tensor under two names counts once, under the first.
         scale: What the loss was multiplied by (a gradient scaler); gradient and products are
             divided by it.
+        sites: Also keep the gradient at every site (`sites.Site`), which vectors that differ from
+            sample to sample need (`per_sample`).
 
     Raises:
         MeasurementError: When the loss has no graph, is not a scalar, or an operation on the way
@@ -58,6 +63,7 @@ class Hessian:
         parameters: Mapping[str, Tensor],
         *,
         scale: float = 1.0,
+        sites: bool = False,
     ) -> None:
         losses = (loss,) if isinstance(loss, Tensor) else tuple(loss)
         if not losses:
@@ -68,7 +74,7 @@ class Hessian:
                 distinct.setdefault(id(parameter), name)
         self.parameters: dict[str, Tensor] = {n: parameters[n] for n in distinct.values()}
         self._scale = scale
-        self._graphs = tuple(_gradient_graph(chunk, self.parameters) for chunk in losses)
+        self._graphs = tuple(_gradient_graph(chunk, self.parameters, sites) for chunk in losses)
         self.dtype = _lowest_precision(losses[0], self.parameters.values())
 
     @property
@@ -78,7 +84,7 @@ class Hessian:
             return (self,)
         return tuple(self._with_graphs((graph,)) for graph in self._graphs)
 
-    def _with_graphs(self, graphs: tuple[dict[str, Tensor], ...]) -> Hessian:
+    def _with_graphs(self, graphs: tuple[Graph, ...]) -> Hessian:
         part = object.__new__(Hessian)
         part.parameters, part._scale, part.dtype = self.parameters, self._scale, self.dtype
         part._graphs = graphs
@@ -88,7 +94,7 @@ class Hessian:
     def gradient(self) -> dict[str, Tensor]:
         """The gradient, detached; zero for parameters the loss does not depend on."""
         self._check_alive()
-        found = [{n: g.detach() for n, g in graph.items()} for graph in self._graphs]
+        found = [{n: g.detach() for n, g in graph.gradient.items()} for graph in self._graphs]
         return self._mean(found, self.parameters)
 
     @property
@@ -148,6 +154,17 @@ class Hessian:
         found = self._differentiate(weights, self._names([part.parameter for part in block]))
         return self.flatten(block, found)
 
+    @property
+    def graphs(self) -> tuple[Graph, ...]:
+        """The gradient graphs, one a chunk; what `per_sample` works on."""
+        self._check_alive()
+        return self._graphs
+
+    @property
+    def scale(self) -> float:
+        """What the losses were multiplied by."""
+        return self._scale
+
     def release(self) -> None:
         """Drops the gradient graphs; no product can be taken afterwards."""
         self._graphs = ()
@@ -187,7 +204,7 @@ class Hessian:
             outputs: list[Tensor] = []
             directions: list[Tensor] = []
             for part, weight in weights:
-                g = graph.get(part.parameter)
+                g = graph.gradient.get(part.parameter)
                 # A gradient without a graph does not depend on any parameter: nothing to add.
                 if g is not None and g.requires_grad:
                     outputs.append(part.view(g))
@@ -195,7 +212,7 @@ class Hessian:
             if not outputs or not inputs:
                 found.append({})
                 continue
-            rows = _grad(outputs, inputs, directions, create_graph=False)
+            rows = differentiate(outputs, inputs, directions, create_graph=False)
             found.append({n: r for n, r in zip(names, rows, strict=True) if r is not None})
         return self._mean(found, names)
 
@@ -218,8 +235,17 @@ class Hessian:
         return mean
 
 
-def _gradient_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the gradients of one loss with their graph, without those that do not exist."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Graph:
+    """The gradient of one loss as a graph: by parameter (those that exist), and by site."""
+
+    gradient: Mapping[str, Tensor]
+    sites: Sequence[Site] = ()
+    at_sites: Sequence[Tensor] = ()
+
+
+def _gradient_graph(loss: Tensor, parameters: Mapping[str, Tensor], with_sites: bool) -> Graph:
+    """Differentiates one loss once, keeping the graph of the result."""
     if not parameters:
         raise MeasurementError("no parameter requires a gradient; nothing to differentiate by")
     if loss.numel() != 1:
@@ -228,24 +254,35 @@ def _gradient_graph(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str,
         )
     if loss.grad_fn is None:
         raise MeasurementError("the loss has no graph; compute it with gradients enabled")
+    sites = find_sites(loss, parameters) if with_sites else []
+    inputs: list[Tensor | GradientEdge] = list(parameters.values())
+    inputs += [site.edge for site in sites]
     with torch.enable_grad(), second_derivative_of_fused_attention():
-        found = _grad([loss], list(parameters.values()), None, create_graph=True)
-    return {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+        found = differentiate([loss], inputs, None, create_graph=True)
+    gradient = {n: g for n, g in zip(parameters, found, strict=False) if g is not None}
+    reached = [
+        (site, g) for site, g in zip(sites, found[len(parameters) :], strict=True) if g is not None
+    ]
+    return Graph(gradient, [site for site, _ in reached], [g for _, g in reached])
 
 
-def _grad(
+def differentiate(
     outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Tensor | GradientEdge],
     weights: Sequence[Tensor] | None,
     *,
     create_graph: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Calls autograd; the graph always stays, because freeing ours would free the user's too."""
+    """Calls autograd; the graph always stays, because freeing ours would free the user's too.
+
+    Raises:
+        MeasurementError: When an operation on the way has no (second) derivative.
+    """
     try:
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        with torch.autocast(outputs[0].device.type, enabled=False):
             return torch.autograd.grad(
                 outputs,
-                inputs,
+                inputs,  # type: ignore[arg-type]
                 weights,
                 retain_graph=True,
                 create_graph=create_graph,

@@ -58,7 +58,7 @@ def hutchinson_trace(
     """
     size = hessian.size(block)
     if size <= max_products:
-        return _exact_trace(hessian, block, size)
+        return exact_trace(hessian, block, size)
 
     like = hessian.like(block)
     values: list[Tensor] = []  # a row of chunk values each
@@ -107,7 +107,8 @@ def _quadratic(hessian: Hessian, block: Block, z: Tensor) -> tuple[Tensor, Tenso
     return values, torch.linalg.vector_norm(mean, dtype=torch.float64).square()
 
 
-def _exact_trace(hessian: Hessian, block: Block, size: int) -> Estimate:
+def exact_trace(hessian: Hessian, block: Block, size: int) -> Estimate:
+    """Returns the trace of a block of ``size`` elements from as many products with unit vectors."""
     like = hessian.like(block)
     diagonals: list[Tensor] = []
     for k in range(size):

@@ -1,0 +1,148 @@
+"""The trace of a block by the estimator that suits it, against the dense Hessian in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from diagnoser.components import split_components
+from diagnoser.curvature import Hessian
+from diagnoser.curvature.block_trace import Aim, block_trace
+from diagnoser.curvature.per_sample import SampleForms
+from diagnoser.types import Part
+
+BLOCK = (Part("0.weight"), Part("0.bias"))
+
+
+def network(samples: int = 64) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
+    x = torch.randn(samples, 6, generator=generator, dtype=torch.float64)
+    return model.double(), x, torch.randint(0, 3, (samples,), generator=generator)
+
+
+def block_of(hessian: Hessian, block: tuple[Part, ...]) -> torch.Tensor:
+    size = hessian.size(block)
+    return torch.stack([hessian.block_product(block, e) for e in torch.eye(size).double()])
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("method", ["per_sample", "plain"])
+def test_repeated_estimates_scatter_as_their_standard_error_says(method: str) -> None:
+    model, x, labels = network()
+    loss = F.cross_entropy(model(x), labels)
+    with Hessian(loss, dict(model.named_parameters()), sites=True) as hessian:
+        exact = float(block_of(hessian, BLOCK).trace())
+        forms = SampleForms.of(hessian, generator())
+        assert forms is not None
+        found = [
+            block_trace(
+                hessian,
+                BLOCK,
+                generator(seed),
+                forms=[forms],
+                method=method,
+                aim=Aim(relative_error=0.0, max_products=12),
+            )
+            for seed in range(120)
+        ]
+    values = torch.tensor([e.value for e in found])
+    errors = torch.tensor([e.std_error for e in found])
+    assert abs(float(values.mean()) - exact) < 4 * float(values.std()) / math.sqrt(120)
+    assert 0.8 < float(errors.square().mean().sqrt() / values.std()) < 1.25
+    assert {e.method for e in found} == {"per-sample" if method == "per_sample" else "hutchinson"}
+
+
+def test_deflation_by_a_ritz_basis_is_unbiased_and_sharper() -> None:
+    model, x, labels = network()
+    loss = F.cross_entropy(model(x), labels)
+    with Hessian(loss, dict(model.named_parameters()), sites=True) as hessian:
+        H = block_of(hessian, BLOCK)
+        values, vectors = torch.linalg.eigh(H)
+        top = values.abs().argsort(descending=True)[:24]
+        basis, inside = vectors[:, top].T, float(values[top].sum())
+        aim = Aim(relative_error=0.0, max_products=10)
+        plain, deflated = (
+            torch.tensor(
+                [
+                    block_trace(hessian, BLOCK, generator(s), basis=b, inside=i, aim=aim).value
+                    for s in range(80)
+                ]
+            )
+            for b, i in ((None, None), (basis, inside))
+        )
+        one = block_trace(hessian, BLOCK, generator(0), basis=basis, aim=aim)
+        same = block_trace(hessian, BLOCK, generator(0), basis=basis, inside=inside, aim=aim)
+    assert one.value == pytest.approx(same.value)
+    assert one.method == "deflated hutchinson"
+    exact = float(H.trace())
+    assert abs(float(deflated.mean()) - exact) < 4 * float(deflated.std()) / math.sqrt(80)
+    assert float(deflated.std()) < 0.5 * float(plain.std())
+
+
+def test_the_pilot_chooses_vectors_per_sample_where_samples_disagree() -> None:
+    model, x, labels = network(128)
+    block = (Part("4.weight"), Part("4.bias"))
+    loss = F.cross_entropy(model(x), labels)
+    with Hessian(loss, dict(model.named_parameters()), sites=True) as hessian:
+        forms = SampleForms.of(hessian, generator())
+        assert forms is not None
+        aim = Aim(relative_error=0.01, max_products=16)
+        found = block_trace(hessian, block, generator(), forms=[forms], aim=aim)
+    assert found.method == "per-sample"
+    assert found.samples == 128
+    assert found.batch_std_error is not None and found.batch_std_error > 0
+
+
+def test_several_chunks_add_their_samples() -> None:
+    model, x, labels = network(64)
+    losses = [
+        F.cross_entropy(model(a), b) for a, b in zip(x.chunk(2), labels.chunk(2), strict=True)
+    ]
+    with Hessian(losses, dict(model.named_parameters()), sites=True) as hessian:
+        exact = float(block_of(hessian, BLOCK).trace())
+        forms = [SampleForms.of(chunk, generator()) for chunk in hessian.chunks]
+        aim = Aim(relative_error=0.0, max_products=40)
+        found = block_trace(hessian, BLOCK, generator(), forms=forms, aim=aim, method="per_sample")
+    assert found.samples == 64
+    assert abs(found.value - exact) < 4 * found.std_error
+
+
+def test_a_small_block_is_summed_exactly() -> None:
+    model, x, labels = network()
+    loss = F.cross_entropy(model(x), labels)
+    with Hessian(loss, dict(model.named_parameters()), sites=True) as hessian:
+        found = block_trace(hessian, (Part("4.bias"),), generator(), aim=Aim(max_products=8))
+        exact = float(block_of(hessian, (Part("4.bias"),)).trace())
+    assert found.method == "exact"
+    assert found.std_error == 0.0
+    assert found.value == pytest.approx(exact)
+
+
+def test_a_question_about_the_sign_costs_less_than_an_exact_value() -> None:
+    model, x, labels = network()
+    loss = F.cross_entropy(model(x), labels)
+    component = next(c for c in split_components({"": model}) if c.name == "4")
+    counts = []
+
+    class Counting(Hessian):
+        taken = 0
+
+        def block_product(self, block: object, v: torch.Tensor) -> torch.Tensor:
+            Counting.taken += 1
+            return super().block_product(block, v)
+
+    for aim in (Aim(threshold=0.0, max_products=16), Aim(relative_error=1e-6, max_products=16)):
+        with Counting(loss, dict(model.named_parameters())) as hessian:
+            Counting.taken = 0
+            block_trace(hessian, component.parts, generator(), aim=aim)
+            counts.append(Counting.taken)
+    assert counts[0] < counts[1] == 16

@@ -1,0 +1,258 @@
+"""Quadratic forms per sample, against the dense Hessian in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diagnoser.components import split_components
+from diagnoser.curvature import Hessian, second_derivative_of_fused_attention
+from diagnoser.curvature.per_sample import Direction, RandomSigns, SampleForms, signs
+from diagnoser.types import Part
+from tests.curvature_subjects import (
+    TinyHAN,
+    TinyTransformer,
+    batch,
+    build,
+    dense,
+    flat,
+    positions,
+    random_vector,
+)
+
+MODELS = {
+    "fused attention": (TinyTransformer, {}),
+    "attention with weights, causal": (TinyTransformer, {"need_weights": True, "causal": True}),
+    "gru": (TinyHAN, {"packed": False}),
+    "packed gru": (TinyHAN, {"packed": True}),
+}
+
+
+class TimeFirst(nn.Module):
+    """(T, B, C) throughout, a shared layer applied twice, a bare gain, a table of positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.position = nn.Parameter(torch.randn(4, 1, 4))
+        self.shared = nn.Linear(4, 4)
+        self.gain = nn.Parameter(torch.ones(4))
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens.T) + self.position
+        x = torch.tanh(self.shared(torch.tanh(self.shared(x)))) * self.gain
+        x = x + self.attention(x, x, x)[0]
+        return self.head(x.mean(0))
+
+
+class Images(nn.Module):
+    """Convolutions, one of them in groups, over (B, 1, 4, 3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 2, padding=1)
+        self.second = nn.Conv2d(4, 4, 2, stride=2, groups=2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = F.one_hot(tokens, 7).to(self.head.weight)[:, None, :, 1:4]
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))).mean((2, 3)))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def loss_on(model: nn.Module, size: int = 6) -> Tensor:
+    tokens, labels = batch(0, size)
+    return F.cross_entropy(model(tokens), labels)
+
+
+def made(kind: str) -> nn.Module:
+    if kind == "time first":
+        return build(TimeFirst)
+    if kind == "images":
+        return build(Images)
+    model, arguments = MODELS[kind]
+    return build(model, **arguments)
+
+
+@pytest.mark.parametrize("kind", [*MODELS, "time first", "images"])
+def test_a_form_along_a_direction_is_that_of_the_dense_block(kind: str) -> None:
+    model = made(kind)
+    parameters = dict(model.named_parameters())
+    with second_derivative_of_fused_attention():
+        H = dense(loss_on(model), parameters)
+    v = random_vector(parameters, 3)
+    with Hessian(loss_on(model), parameters, sites=True) as hessian:
+        forms = SampleForms.of(hessian, generator())
+        assert forms is not None
+        assert forms.samples == 6
+        covered = 0
+        for component in split_components({"": model}):
+            if not forms.covers(component.parts, generator()):
+                continue
+            covered += 1
+            at = positions(component.parts, parameters)
+            exact = flat(v)[at] @ H[at][:, at] @ flat(v)[at]
+            found = forms.forms(component.parts, Direction(component.parts, v)).sum()
+            torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-12)
+    # A (T, 1, C) table of positions is not broadcast along leading dimensions only.
+    assert covered == len(split_components({"": model})) - (kind == "time first")
+
+
+@pytest.mark.parametrize("kind", ["fused attention", "packed gru", "images"])
+def test_each_value_belongs_to_its_own_sample(kind: str) -> None:
+    model = made(kind)
+    parameters = dict(model.named_parameters())
+    tokens, labels = batch(0, 6)
+    v = random_vector(parameters, 4)
+    with Hessian(loss_on(model), parameters, sites=True) as hessian:
+        forms = SampleForms.of(hessian, generator())
+        assert forms is not None
+        components = split_components({"": model})
+        found = {
+            c.name: forms.forms(c.parts, Direction(c.parts, v))
+            for c in components
+            if forms.covers(c.parts, generator())
+        }
+    for n in range(6):
+        alone = F.cross_entropy(model(tokens[n : n + 1]), labels[n : n + 1]) / 6
+        with Hessian(alone, parameters) as hessian:
+            for c in components:
+                vector = hessian.flatten(c.parts, v)
+                exact = vector @ hessian.block_product(c.parts, vector)
+                torch.testing.assert_close(found[c.name][n], exact, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [*MODELS, "time first", "images"])
+def test_random_signs_give_the_trace_without_bias(kind: str) -> None:
+    model = made(kind)
+    parameters = dict(model.named_parameters())
+    with second_derivative_of_fused_attention():
+        H = dense(loss_on(model), parameters)
+    draws = generator(5)
+    with Hessian(loss_on(model), parameters, sites=True) as hessian:
+        forms = SampleForms.of(hessian, draws)
+        assert forms is not None
+        for component in split_components({"": model}):
+            if not forms.covers(component.parts, draws):
+                continue
+            at = positions(component.parts, parameters)
+            found = torch.stack(
+                [
+                    forms.forms(component.parts, RandomSigns(hessian, component.parts, draws)).sum()
+                    for _ in range(300)
+                ]
+            )
+            error = float(found.std()) / math.sqrt(300)
+            assert abs(float(found.mean() - H[at][:, at].trace())) < 4.5 * error + 1e-12
+
+
+def test_samples_that_batch_norm_couples_are_noticed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
+    x, labels = torch.randn(6, 3).double(), torch.randint(0, 3, (6,))
+    parameters = dict(model.named_parameters())
+    with Hessian(F.cross_entropy(model(x), labels), parameters, sites=True) as hessian:
+        forms = SampleForms.of(hessian, generator())
+        if forms is not None:  # the last layer alone has separable samples
+            assert not forms.covers((Part("0.weight"), Part("0.bias")), generator())
+    model.eval()
+    with Hessian(F.cross_entropy(model(x), labels), parameters, sites=True) as hessian:
+        forms = SampleForms.of(hessian, generator())
+        assert forms is not None
+        assert forms.covers((Part("0.weight"), Part("0.bias")), generator())
+
+
+def test_samples_that_a_contrastive_loss_couples_are_noticed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    z = F.normalize(model(torch.randn(6, 3).double()), dim=1)
+    loss = F.cross_entropy(z @ z.T, torch.arange(6).roll(1))
+    with Hessian(loss, dict(model.named_parameters()), sites=True) as hessian:
+        assert SampleForms.of(hessian, generator()) is None
+
+
+@pytest.mark.parametrize("time_first", [False, True])
+def test_tokens_of_a_language_model_are_not_taken_for_samples(time_first: bool) -> None:
+    torch.manual_seed(0)
+    embedding, attention = nn.Embedding(7, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+    head = nn.Linear(4, 7)
+    tokens = torch.randint(0, 7, (5, 3))
+    x = embedding(tokens)
+    mask = torch.ones(3, 3, dtype=torch.bool).triu(1)
+    scores = x + attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+    if time_first:
+        scores, tokens = scores.transpose(0, 1).contiguous(), tokens.T
+    loss = F.cross_entropy(head(scores).flatten(0, 1), tokens.reshape(-1))
+    modules = {"embedding": embedding, "attention": attention, "head": head}
+    parameters = {f"{k}.{n}": p for k, m in modules.items() for n, p in m.named_parameters()}
+    with Hessian(loss, parameters, sites=True) as hessian:
+        forms = SampleForms.of(hessian, generator())
+        assert forms is not None
+        assert forms.samples == 5
+        assert forms.covers((Part("embedding.weight"),), generator())
+
+
+def test_one_sample_has_no_forms() -> None:
+    model = made("fused attention")
+    loss = loss_on(model, 1)
+    with Hessian(loss, dict(model.named_parameters()), sites=True) as hessian:
+        assert SampleForms.of(hessian, generator()) is None
+
+
+def test_a_parameter_used_elsewhere_as_well_is_not_covered() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    parameters = dict(model.named_parameters())
+    x, labels = torch.randn(6, 3).double(), torch.randint(0, 3, (6,))
+    penalty = 0.1 * (model[0].weight ** 2).sum()
+    loss = F.cross_entropy(model(x), labels) + penalty
+    with Hessian(loss, parameters, sites=True) as hessian:
+        forms = SampleForms.of(hessian, generator())
+        if forms is not None:
+            assert not forms.covers((Part("0.weight"),), generator())
+
+
+def test_what_a_kernel_hides_is_not_covered() -> None:
+    torch.manual_seed(0)
+    model = nn.LSTM(3, 4, batch_first=True)
+    head = nn.Linear(4, 3)
+    loss = F.cross_entropy(head(model(torch.randn(6, 5, 3))[0].mean(1)), torch.randint(0, 3, (6,)))
+    parameters = dict(model.named_parameters()) | {
+        f"head.{n}": p for n, p in head.named_parameters()
+    }
+    with Hessian(loss, parameters, sites=True) as hessian:
+        forms = SampleForms.of(hessian, generator())
+        if forms is not None:
+            parts = tuple(Part(n) for n, _ in model.named_parameters())
+            assert not forms.covers(parts, generator())
+
+
+def test_a_scaled_loss_gives_unscaled_values() -> None:
+    model = made("fused attention")
+    parameters = dict(model.named_parameters())
+    part = (Part("feed_forward.weight"),)
+    values = []
+    for scale in (1.0, 1024.0):
+        loss = loss_on(model) * scale
+        with Hessian(loss, parameters, sites=True, scale=scale) as hessian:
+            forms = SampleForms.of(hessian, generator())
+            assert forms is not None
+            v = random_vector(parameters, 1)
+            values.append(forms.forms(part, Direction(part, v)))
+    torch.testing.assert_close(values[0], values[1])
+
+
+def test_signs_are_balanced_and_follow_their_generator() -> None:
+    drawn = signs((1000, 67), generator(1), torch.zeros(1))
+    assert set(drawn.unique().tolist()) == {-1.0, 1.0}
+    assert abs(float(drawn.mean())) < 4 / math.sqrt(67_000)
+    assert torch.equal(drawn, signs((1000, 67), generator(1), torch.zeros(1)))
