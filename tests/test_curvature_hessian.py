@@ -191,9 +191,9 @@ def test_the_graph_dies_on_release_without_garbage_collection():
     gc.disable()
     try:
         loss = loss_of(model)
-        hessian = Hessian(loss, parameters)
+        hessian = Hessian(loss, parameters, sites=True)
         product = hessian.product(random_vector(parameters, 9))
-        gradient_in_graph = weakref.ref(hessian._graphs[0]["head.weight"])
+        gradient_in_graph = weakref.ref(hessian.graphs[0].gradient["head.weight"])
         forward_graph = weakref.ref(loss)
         hessian.release()
         assert gradient_in_graph() is None
