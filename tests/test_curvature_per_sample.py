@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from diagnoser.components import split_components
 from diagnoser.curvature import Hessian, second_derivative_of_fused_attention
-from diagnoser.curvature.per_sample import Direction, RandomSigns, SampleForms, signs
+from diagnoser.curvature.per_sample import (
+    Direction,
+    RandomSigns,
+    SampleForms,
+    batch_error,
+    forms_along,
+    forms_of,
+    signs,
+)
 from diagnoser.types import Part
 from tests.curvature_subjects import (
     TinyHAN,
@@ -256,3 +264,23 @@ def test_signs_are_balanced_and_follow_their_generator() -> None:
     assert set(drawn.unique().tolist()) == {-1.0, 1.0}
     assert abs(float(drawn.mean())) < 4 / math.sqrt(67_000)
     assert torch.equal(drawn, signs((1000, 67), generator(1), torch.zeros(1)))
+
+
+def test_curvature_along_a_flat_vector_has_the_spread_of_its_samples() -> None:
+    model = made("fused attention")
+    parameters = dict(model.named_parameters())
+    block = (Part("attention.in_proj_weight", 0, 4, 4), Part("attention.in_proj_bias", 0, 4, 4))
+    tokens, labels = batch(0, 6)
+    with Hessian(loss_on(model), parameters, sites=True) as hessian:
+        forms = forms_of(hessian, generator())
+        assert forms is not None
+        v = torch.randn(hessian.size(block), generator=generator(2)).double()
+        found = forms_along(hessian, block, v, forms)
+        torch.testing.assert_close(found.sum(), v @ hessian.block_product(block, v))
+    singles = []
+    for n in range(6):
+        alone = F.cross_entropy(model(tokens[n : n + 1]), labels[n : n + 1])
+        with Hessian(alone, parameters) as hessian:
+            singles.append(float(v @ hessian.block_product(block, v)))
+    expected = torch.tensor(singles, dtype=torch.float64).std() / math.sqrt(6)
+    assert batch_error(found) == pytest.approx(float(expected), rel=1e-6)

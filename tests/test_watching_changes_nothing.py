@@ -603,7 +603,7 @@ BREAKABLE = (
     (sample, "norms"),
     (sample, "inner_products"),
     (sample, "row_curvature"),
-    (sample, "hutchinson_trace"),
+    (sample, "block_trace"),
     (sample, "extreme_eigenvalues"),
     (sample, "coupling_matrix"),
 )

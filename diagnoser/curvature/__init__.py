@@ -21,7 +21,14 @@ from diagnoser.curvature.lanczos import (
     largest_eigenvalues,
     precondition,
 )
-from diagnoser.curvature.per_sample import Direction, RandomSigns, SampleForms
+from diagnoser.curvature.per_sample import (
+    Direction,
+    RandomSigns,
+    SampleForms,
+    batch_error,
+    forms_along,
+    forms_of,
+)
 from diagnoser.curvature.self_checks import (
     finite_difference_defect,
     symmetry_defect,
@@ -41,12 +48,15 @@ __all__ = [
     "RowCurvature",
     "SampleForms",
     "Vector",
+    "batch_error",
     "block_curvature",
     "block_eigenvalues",
     "block_trace",
     "coupling_matrix",
     "extreme_eigenvalues",
     "finite_difference_defect",
+    "forms_along",
+    "forms_of",
     "hutchinson_trace",
     "largest_eigenvalues",
     "precondition",

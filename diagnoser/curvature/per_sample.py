@@ -26,6 +26,7 @@ with :math:`o_j` the outputs and a bar for «held fixed».
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,16 +78,19 @@ class SampleForms:
             len(uses) > 1 or any(part.dim is not None for part in block)
         ):
             return False  # rows of a table are drawn by token, once
-        gradient = {p.parameter: self._graph.gradient.get(p.parameter) for p in block}
-        if any(g is None for g in gradient.values()):
+        gradient = {
+            part.parameter: self._graph.gradient[part.parameter].detach().to_dense()
+            for part in block
+            if part.parameter in self._graph.gradient
+        }
+        if len(gradient) < len({part.parameter for part in block}):
             return False
-        real = torch.cat([p.view(gradient[p.parameter]).detach().reshape(-1) for p in block])
+        real = torch.cat([p.view(gradient[p.parameter]).reshape(-1) for p in block])
         norm = torch.linalg.vector_norm(real)
         for _ in range(2):
             vector = {
                 name: torch.randn(g.shape, generator=generator).to(g)
                 for name, g in gradient.items()
-                if g is not None
             }
             flat = torch.cat([p.view(vector[p.parameter]).reshape(-1) for p in block])
             direction = Direction(block, vector)
@@ -148,6 +152,36 @@ class _Use:
     def change(self, vectors: Vectors) -> Tensor:
         assert self.rows is not None
         return self.site.change(vectors, self.rows).reshape(self.gradient.shape)
+
+
+def forms_of(hessian: Hessian, generator: torch.Generator) -> list[SampleForms] | None:
+    """Returns the forms of every chunk; None where the samples of one cannot be told apart."""
+    found = [SampleForms.of(chunk, generator) for chunk in hessian.chunks]
+    forms = [form for form in found if form is not None]
+    return forms if len(forms) == len(found) else None
+
+
+def forms_along(hessian: Hessian, block: Block, v: Tensor, forms: Sequence[SampleForms]) -> Tensor:
+    """Returns v'H_n v of each sample of all chunks, (samples,), for a flat vector of the block.
+
+    Their sum is v'Hv; the spread between them times the root of their number (`batch_error`) is
+    what other samples would have changed of it.
+    """
+    vector: dict[str, Tensor] = {}
+    pieces = torch.split(v, [p.view(hessian.parameters[p.parameter]).numel() for p in block])
+    for part, piece in zip(block, pieces, strict=True):
+        whole = vector.setdefault(
+            part.parameter, torch.zeros_like(hessian.parameters[part.parameter])
+        )
+        view = part.view(whole)
+        view.copy_(piece.view(view.shape))
+    direction = Direction(block, vector)
+    return torch.cat([form.forms(block, direction) for form in forms]) / len(forms)
+
+
+def batch_error(values: Tensor) -> float:
+    """Returns the standard error of a sum over samples, (samples,), if they were drawn anew."""
+    return math.sqrt(values.numel()) * float(values.std())
 
 
 class RandomSigns(Vectors):

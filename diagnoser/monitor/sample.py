@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,12 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diagnoser.curvature import (
+    Aim,
     Ends,
     Hessian,
     RowCurvature,
+    batch_error,
+    block_trace,
     coupling_matrix,
     extreme_eigenvalues,
-    hutchinson_trace,
+    forms_along,
+    forms_of,
     precondition,
     row_curvature,
 )
@@ -303,15 +307,27 @@ class Sample:
 
         ``step_lambda`` is learning rate times the largest eigenvalue, preconditioned as the
         optimizer steps, over what its stability allows: beyond 1 the quadratic model diverges.
-        At most ``products`` products are taken for each of the three.
+        At most ``products`` products are taken for each of the three. Where the samples of the
+        loss can be told apart, each has an error for other samples, too.
         """
+        forms = forms_of(hessian, generator)
         for component in components:
             block, name = component.parts, component.name
-            trace = hutchinson_trace(hessian, block, generator, max_products=products)
-            self._estimate("trace", name, trace)
+            covered = forms is not None and all(f.covers(block, generator) for f in forms)
+            own = forms if covered else None
+            aim = Aim(max_products=products)
+            self._estimate(
+                "trace", name, block_trace(hessian, block, generator, forms=own, aim=aim)
+            )
             ends = self._ends(hessian, component, generator, products)
-            self._estimate("lambda_max", name, ends.lambda_max)
-            self._estimate("lambda_min", name, ends.lambda_min)
+            for quantity, end, vector in (
+                ("lambda_max", ends.lambda_max, ends.vector_max),
+                ("lambda_min", ends.lambda_min, ends.vector_min),
+            ):
+                if own is not None:
+                    spread = batch_error(forms_along(hessian, block, vector, own))
+                    end = replace(end, batch_std_error=spread)  # noqa: PLW2901 - completed
+                self._estimate(quantity, name, end)
             rules = [self.rules.get(part.parameter) for part in block]
             rule = rules[0]
             if rule is None or None in rules:

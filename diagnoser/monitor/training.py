@@ -298,7 +298,8 @@ class Monitor:
                 value = float(self._loss) * self._last_backwards
                 if self._last_backwards > 1:
                     method = f"live, first of {self._last_backwards} backwards"
-            with Hessian(losses, wanted, scale=scale) as hessian:
+            sites = self._plan.spectrum  # vectors that differ from sample to sample
+            with Hessian(losses, wanted, scale=scale, sites=sites) as hessian:
                 direction = self._direction(sample, hessian)
                 if direction is None:
                     return
