@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from diagnoser.components import split_components
-from diagnoser.curvature import Hessian
+from diagnoser.curvature import Hessian, block_eigenvalues
 from diagnoser.curvature.block_trace import Aim, block_trace
 from diagnoser.curvature.per_sample import SampleForms
 from diagnoser.types import Part
@@ -146,3 +146,23 @@ def test_a_question_about_the_sign_costs_less_than_an_exact_value() -> None:
             block_trace(hessian, component.parts, generator(), aim=aim)
             counts.append(Counting.taken)
     assert counts[0] < counts[1] == 16
+
+
+def test_a_lanczos_run_on_the_block_makes_the_trace_sharper_at_no_further_cost() -> None:
+    model, x, labels = network()
+    loss = F.cross_entropy(model(x), labels)
+    block = (Part("2.weight"), Part("2.bias"))
+    with Hessian(loss, dict(model.named_parameters())) as hessian:
+        exact = block_of(hessian, block)
+        ends = block_eigenvalues(hessian, block, generator())
+        assert ends.inside == pytest.approx(float((ends.basis @ exact @ ends.basis.T).trace()))
+        values = torch.linalg.eigvalsh(exact)
+        top = values[values.abs().argsort(descending=True)]
+        for found, eigenvalue in zip(ends.extreme[:2], top, strict=False):
+            assert abs(found.value - float(eigenvalue)) <= found.std_error + 1e-9
+        aim = Aim(relative_error=0.0, max_products=8)
+        errors = [
+            block_trace(hessian, block, generator(3), aim=aim, **given).std_error
+            for given in ({}, {"basis": ends.basis, "inside": ends.inside})
+        ]
+    assert errors[1] < 0.5 * errors[0]

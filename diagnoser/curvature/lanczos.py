@@ -35,17 +35,33 @@ from diagnoser.types import Estimate
 Product = Callable[[Tensor], Tensor]
 """A symmetric operator on flat tensors, such as a Hessian's block product."""
 
+EXTREMES = 3  # eigenvalues of largest magnitude that a run reports beside both ends
 _NOVELTY = 0.1  # random share of a warm start: a direction that has become extreme is not missed
 
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Smallest and largest eigenvalue (algebraic), their unit Ritz vectors, products taken."""
+    """What one Lanczos run on an operator found.
+
+    Attributes:
+        lambda_min: The smallest eigenvalue (algebraic).
+        lambda_max: The largest.
+        extreme: Those of largest magnitude, largest first: at most three, and fewer where the run
+            had fewer steps.
+        vector_min: (n,) the unit Ritz vector of the smallest.
+        vector_max: (n,) that of the largest.
+        basis: (products, n) the orthonormal Krylov basis, and
+        inside: the operator's trace on it; both for `block_trace.block_trace` (deflation).
+        products: How many products were taken.
+    """
 
     lambda_min: Estimate
     lambda_max: Estimate
+    extreme: tuple[Estimate, ...]
     vector_min: Tensor
     vector_max: Tensor
+    basis: Tensor
+    inside: float
     products: int
 
     @property
@@ -95,7 +111,16 @@ def extreme_eigenvalues(
     )
     ritz = process.run(lambda r: _converged(r, tolerance, [0, -1]))
     low, high = ritz.estimate(0), ritz.estimate(-1)
-    return Ends(low, high, ritz.vector(0), ritz.vector(-1), ritz.products)
+    return Ends(
+        lambda_min=low,
+        lambda_max=high,
+        extreme=tuple(ritz.estimate(i) for i in ritz.by_magnitude(EXTREMES)),
+        vector_min=ritz.vector(0),
+        vector_max=ritz.vector(-1),
+        basis=ritz.basis,
+        inside=math.fsum(ritz.values),
+        products=ritz.products,
+    )
 
 
 def block_eigenvalues(
@@ -140,7 +165,8 @@ def block_eigenvalues(
         spread_low, spread_high = (e.batch_std_error for e in estimates_over_chunks(table))
         low = replace(low, batch_std_error=spread_low)
         high = replace(high, batch_std_error=spread_high)
-    return replace(ends, lambda_min=low, lambda_max=high)
+    extreme = tuple(replace(e, dtype=hessian.dtype) for e in ends.extreme)
+    return replace(ends, lambda_min=low, lambda_max=high, extreme=extreme)
 
 
 def largest_eigenvalues(

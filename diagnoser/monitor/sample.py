@@ -315,10 +315,6 @@ class Sample:
             block, name = component.parts, component.name
             covered = forms is not None and all(f.covers(block, generator) for f in forms)
             own = forms if covered else None
-            aim = Aim(max_products=products)
-            self._estimate(
-                "trace", name, block_trace(hessian, block, generator, forms=own, aim=aim)
-            )
             ends = self._ends(hessian, component, generator, products)
             for quantity, end, vector in (
                 ("lambda_max", ends.lambda_max, ends.vector_max),
@@ -328,6 +324,17 @@ class Sample:
                     spread = batch_error(forms_along(hessian, block, vector, own))
                     end = replace(end, batch_std_error=spread)  # noqa: PLW2901 - completed
                 self._estimate(quantity, name, end)
+            # The trace on the vectors found so far is known: only the rest needs random ones.
+            trace = block_trace(
+                hessian,
+                block,
+                generator,
+                forms=own,
+                basis=ends.basis,
+                inside=ends.inside,
+                aim=Aim(max_products=products),
+            )
+            self._estimate("trace", name, trace)
             rules = [self.rules.get(part.parameter) for part in block]
             rule = rules[0]
             if rule is None or None in rules:
