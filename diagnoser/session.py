@@ -22,10 +22,11 @@ from diagnoser.report import finding_line, write_run
 from diagnoser.rules import Rule
 from diagnoser.runlog import Recording, RecordingBuilder, RunLogWriter
 from diagnoser.types import Diagnosis, Finding
-from diagnoser.vocabulary import severity_rank
+from diagnoser.vocabulary import MODEL, severity_rank
 
 SAID_AT_THE_END = 3  # events of the monitor
 ANNOUNCING_SHARE = 0.005  # of training time that looking for new findings may take
+LOOK_S = 0.02  # what the first look takes, about
 
 
 def switched_off() -> bool:
@@ -179,13 +180,21 @@ class Watch:
         return diagnosis
 
     def _look_for_findings(self) -> None:
-        """Prints findings that are new, as often as a two-hundredth of training time allows."""
-        if self._announce is None:
-            return
-        if self._looks > 1 and self._looked_s > ANNOUNCING_SHARE * self._schedule.training_s:
+        """Prints findings that are new, as often as a two-hundredth of training time allows.
+
+        The monitor is told what is suspected.
+        """
+        allowed = ANNOUNCING_SHARE * self._schedule.training_s
+        if self._announce is None:  # nobody waits for the first ones
+            if max(self._looked_s, LOOK_S) > allowed:
+                return
+        elif self._looks > 1 and self._looked_s > allowed:
             return
         start = time.perf_counter()
         diagnosis = diagnose(self._log.recording(), self._rules)
+        self._monitor.suspect(
+            finding.component for finding in diagnosis.findings if finding.component != MODEL
+        )
         for finding in diagnosis.findings:
             if severity_rank(finding.severity) >= severity_rank("medium"):
                 self._print_once(finding)

@@ -52,6 +52,8 @@ class Ends:
         vector_max: (n,) that of the largest.
         basis: (products, n) the orthonormal Krylov basis, and
         inside: the operator's trace on it; both for `block_trace.block_trace` (deflation).
+        ritz_values: (products,) in rising order, float64.
+        weights: (products, products) float64, column k makes Ritz vector k of the basis.
         products: How many products were taken.
     """
 
@@ -62,7 +64,17 @@ class Ends:
     vector_max: Tensor
     basis: Tensor
     inside: float
+    ritz_values: Tensor
+    weights: Tensor
     products: int
+
+    def dominant(self, count: int) -> Tensor:
+        """Returns the Ritz vectors of largest magnitude: (count or fewer, n) orthonormal rows.
+
+        They are what `coupling.coupling_norms` takes as the basis of a block.
+        """
+        largest = self.ritz_values.abs().argsort(descending=True)[:count]
+        return self.weights[:, largest].T.to(self.basis) @ self.basis
 
     @property
     def warm_start(self) -> Tensor:
@@ -119,6 +131,8 @@ def extreme_eigenvalues(
         vector_max=ritz.vector(-1),
         basis=ritz.basis,
         inside=math.fsum(ritz.values),
+        ritz_values=torch.tensor(ritz.values, dtype=torch.float64),
+        weights=ritz.weights,
         products=ritz.products,
     )
 

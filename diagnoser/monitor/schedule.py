@@ -2,7 +2,8 @@
 
 The run's length is not known in advance, so the guaranteed measurements lie densely at the start
 and thin out. A *sample* takes two neighbouring steps (see `sample`). More samples, spectrum and
-interaction are bought from the budget, in turn.
+interaction are bought from the budget, in turn. A trigger (see `triggers`) brings a sample forward:
+it is taken at once, on credit, and later ones wait until it is paid for.
 """
 
 from __future__ import annotations
@@ -14,12 +15,18 @@ GUARANTEED_CURVATURE = (0, 5, 10, 20, 50, 75, 125, 175)
 SMALL_STEP_S = 0.030  # below this a step is small, and the budget is a fixed time a step
 SMALL_STEP_BUDGET_S = 100e-6
 MINIMUM_GAP = 5  # steps between two samples that the budget pays for
+MOST_TRIGGERED = 8  # samples of a run
+TRIGGER_GAP = 10  # steps between two of them
+STEPS_IN_ADVANCE = 400  # whose allowance triggered samples may spend before it is earned
 TURNS = ("sample", "spectrum", "sample", "interaction")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one step measures. ``guaranteed``: whatever the budget says."""
+    """What one step measures.
+
+    ``guaranteed``: whatever the budget says. ``triggered``: at once, paid for afterwards.
+    """
 
     statistics: bool = False
     follow: bool = False  # the step after one with statistics
@@ -27,6 +34,7 @@ class Plan:
     spectrum: bool = False
     interaction: bool = False
     guaranteed: bool = False
+    triggered: bool = False
 
     def __bool__(self) -> bool:
         return self.statistics or self.follow
@@ -40,6 +48,11 @@ class Schedule:
     made even beyond it. At steps shorter than 30 ms a sample costs several steps whatever is done,
     so there the guaranteed ones are kept apart and the budget is at most 100 microseconds a step.
     ``every`` forces a full sample every that many steps instead of the budget.
+
+    Triggered samples have an account of their own. It may never exceed what the budget allows for
+    all steps so far and the next `STEPS_IN_ADVANCE`, so that they are there early in a run, when
+    the guaranteed measurements have used everything up; and it is taken off what other samples may
+    spend, so that over a run the budget stays what it is.
     """
 
     overhead: float = 0.10
@@ -47,12 +60,16 @@ class Schedule:
     training_s: float = 0.0
     guaranteed_s: float = 0.0
     bought_s: float = 0.0
+    triggered_s: float = 0.0
     steps: int = 0
     curvature_measurements: int = 0
     _costs: dict[str, float] = field(default_factory=dict)
     _turn: int = 0
     _last_sample: int = -1
     _pending: Plan | None = None
+    _asked: bool = False
+    _triggered: int = 0
+    _last_triggered: int = -TRIGGER_GAP  # step of the last one taken, or asked for
 
     def plan(self, step: int) -> Plan:
         """Returns what to measure at ``step``; called once a step, in order."""
@@ -65,8 +82,10 @@ class Schedule:
             return self._sample(step, Plan(follow=True, curvature=True, spectrum=True,
                                            interaction=True, guaranteed=True))  # fmt: skip
         if step in GUARANTEED_STATISTICS:
-            curvature = step in GUARANTEED_CURVATURE
+            curvature = step in GUARANTEED_CURVATURE or self._asked
             return self._sample(step, Plan(follow=True, curvature=curvature, guaranteed=True))
+        if self._asked:
+            return self._sample(step, Plan(follow=True, curvature=True, triggered=True))
         if step < 5 or step - self._last_sample < MINIMUM_GAP:
             return Plan()
         turn = TURNS[self._turn % len(TURNS)]
@@ -83,7 +102,28 @@ class Schedule:
             ),  # fmt: skip
         )
 
+    def ask(self, step: int) -> bool:
+        """Asks at ``step`` for a sample at once; returns whether it is granted.
+
+        It is not where every measurement is forced or there is no budget, within `TRIGGER_GAP`
+        steps of the last one granted, after `MOST_TRIGGERED` of them, and beyond their account.
+        """
+        if (
+            self.every is not None
+            or self._triggered >= MOST_TRIGGERED
+            or step + 1 - self._last_triggered < TRIGGER_GAP
+            or self.triggered_s + self.expected_cost("sample")
+            > self._allowance * (self.steps + STEPS_IN_ADVANCE)
+        ):
+            return False
+        self._asked = True
+        self._triggered += 1
+        self._last_triggered = step
+        return True
+
     def _sample(self, step: int, second: Plan) -> Plan:
+        if self._asked:
+            self._asked, self._last_triggered = False, step
         self._pending, self._last_sample = second, step
         return replace(second, statistics=True, follow=False)
 
@@ -93,12 +133,16 @@ class Schedule:
         return self.training_s / max(self.steps, 1)
 
     @property
+    def _allowance(self) -> float:
+        """Seconds of measuring that a step brings."""
+        allowance = self.overhead * self.step_s
+        return min(allowance, SMALL_STEP_BUDGET_S) if self.step_s < SMALL_STEP_S else allowance
+
+    @property
     def credit(self) -> float:
         """Seconds that may be spent on bought measurements now."""
-        if self.step_s < SMALL_STEP_S:
-            allowance = min(self.overhead * self.step_s, SMALL_STEP_BUDGET_S)
-            return allowance * self.steps - self.bought_s
-        return self.overhead * self.training_s - self.guaranteed_s - self.bought_s
+        earned = self._allowance * self.steps - self.bought_s - self.triggered_s
+        return earned if self.step_s < SMALL_STEP_S else earned - self.guaranteed_s
 
     def expected_cost(self, turn: str) -> float:
         """Seconds the next turn is expected to take: the last one's, else a multiple of a step."""
@@ -109,6 +153,8 @@ class Schedule:
         """Books ``seconds`` of monitoring; ``plan`` is the second step's where there are two."""
         if plan.guaranteed:
             self.guaranteed_s += seconds
+        elif plan.triggered:
+            self.triggered_s += seconds
         else:
             self.bought_s += seconds
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from diagnoser.monitor.quiet import quiet
 from diagnoser.monitor.sample import Sample
 from diagnoser.monitor.schedule import SMALL_STEP_S, Plan, Schedule
 from diagnoser.monitor.subject import StepRule, Subject, coming_update, find_models, step_rules
+from diagnoser.monitor.triggers import LossBand, MomentRatios, Trigger
 from diagnoser.runlog import RunLogWriter
 from diagnoser.statistics import GraphReading, read_graph, signed
 from diagnoser.types import Component, Cost
@@ -32,6 +33,10 @@ from diagnoser.vocabulary import MODEL
 LOOKS_AT_NON_FINITE = 10  # steps with a loss that is not finite, to catch where it is born
 MAX_FAILURES = 5  # of one kind of measurement, after which it is not tried again
 SPECTRUM_COMPONENTS = 2  # measured at a time, in turn
+PRODUCTS = 12  # of each of their estimates, at most
+SUSPECT_PRODUCTS = 48  # the same for a suspected component, which is then measured alone
+MOST_WAITING = 4096  # losses on a device that wait for a sample to be read
+FRESH = 5  # steps after which a loss that was read late is no reason for a sample at once
 ACCURACY_EVERY = 4  # steps, where a step takes less than SMALL_STEP_S
 LARGE_SCORES = 65_536  # elements of a classification's scores beyond which accuracy is sampled
 
@@ -75,6 +80,12 @@ class Monitor:
         self._spent = self._since = 0.0
         self._generator = torch.Generator().manual_seed(0)
         self._next_component = 0
+        self._suspects: tuple[str, ...] = ()
+        self._next_suspect = 0
+        self._suspect_was_last = False
+        self._band = LossBand()
+        self._moment_ratios = MomentRatios()
+        self._trigger: Trigger | None = None  # granted, and not yet answered by a sample
         # the running step
         self._plan = Plan()
         self._sample: Sample | None = None
@@ -86,6 +97,7 @@ class Monitor:
         self._right = self._counted = 0
         self._steps_of: dict[int, int] = {}
         self._stepped: set[int] = set()  # optimizers, in the running step
+        self._left: list[tuple[Tensor, int, int]] = []  # see `_gradients_were_cleared`
         self._looks_at_non_finite = 0
 
     # -- what the interception tells --------------------------------------------------------------
@@ -109,9 +121,17 @@ class Monitor:
 
     def after_backward(self) -> None:
         """See `interception.Listener`."""
-        if self._sample is None or not self._plan:
+        if self._steps_of and (self._sample is None or not self._plan):
             return
         with self._guard("gradients"):
+            if not self._steps_of:
+                self._left = [
+                    (p, id(p.grad), p.grad._version)
+                    for p in self._known_parameters()
+                    if p.grad is not None
+                ][:3]
+            if self._sample is None:
+                return
             if self._plan.statistics:
                 self._sample.read_gradients(keep=self._plan.statistics)
             elif self._plan.follow:
@@ -143,10 +163,20 @@ class Monitor:
             return max(self._steps_of.values()) > self.step
         if any(True for _ in self._optimizers()):
             return False
-        # No optimizer at all: parameters are changed by hand, and a step is over when the
-        # gradients were cleared.
-        gradients = [p.grad for p in self._known_parameters() if p.grad is not None]
-        return not gradients or not any(bool(g.any()) for g in gradients[:3])
+        return self._gradients_were_cleared()  # parameters are changed by hand
+
+    def _gradients_were_cleared(self) -> bool:
+        """Whether the gradients that the last backward left are gone, replaced or zero.
+
+        Nothing is computed where they are gone or were written to. Only where nothing shows, as
+        after ``p.grad.data.zero_()``, are the values read.
+        """
+        left, self._left = self._left, []
+        for parameter, gradient, version in left:
+            now = parameter.grad
+            if now is None or id(now) != gradient or now._version != version:
+                return True
+        return not any(bool(p.grad.any()) for p, _, _ in left if p.grad is not None)
 
     def _known_parameters(self) -> list[Tensor]:
         return list(self.subject.parameters.values()) if self.subject is not None else []
@@ -158,6 +188,17 @@ class Monitor:
         self.schedule.steps = self.step
         self.schedule.training_s = max(now - self._started - self._spent, 0.0)
         self._plan = self.schedule.plan(self.step)
+        if self._trigger is not None and self._plan.statistics:
+            found, self._trigger = self._trigger, None
+            data = {
+                "trigger": found.kind,
+                "component": found.component,
+                "seen_at": found.step,
+                "value": found.value,
+                "usual": found.usual,
+                "times": found.times,
+            }
+            self.log.event(self.step, "trigger", found.message, data)
         self._loss, self._right, self._counted = math.nan, 0, 0
 
     def _end_step(self) -> None:
@@ -168,7 +209,8 @@ class Monitor:
             sample.settle_update()
         accuracy = self._right / self._counted if self._counted else math.nan
         self._waiting.append((self.step, self._loss, accuracy))
-        if self._plan or isinstance(self._loss, float):
+        waited = len(self._waiting) >= MOST_WAITING  # without a budget there may be no sample
+        if self._plan or isinstance(self._loss, float) or waited:
             self._write_losses()
         if sample is not None and self._plan.follow:
             self._write(sample)
@@ -181,8 +223,23 @@ class Monitor:
         self.log.measurement(sample.step, sample.rows, sample.seconds)
         self.measurements += 1
         self.schedule.learn(self._plan, sample.seconds)
+        self._notice(self._moment_ratios.judge(sample.step, sample.rows))
         if self._on_measured is not None:
             self._on_measured()
+
+    def suspect(self, components: Iterable[str]) -> None:
+        """Tells which components a diagnosis flags now, the gravest first.
+
+        Every other time that spectra are measured one of them is, with up to `SUSPECT_PRODUCTS`
+        products, instead of the components whose turn it is. The list replaces the last one; a
+        layer stands for its components.
+        """
+        self._suspects = tuple(dict.fromkeys(components))
+
+    def _notice(self, trigger: Trigger | None) -> None:
+        """Asks for a sample because of ``trigger``; it is logged when that sample is taken."""
+        if trigger is not None and self.schedule.ask(self.step):
+            self._trigger = trigger
 
     def finish(self, exit_code: int | None) -> None:
         """Ends the log; what was measured of an unfinished sample is kept."""
@@ -209,7 +266,11 @@ class Monitor:
                 f"monitoring took {self._spent / training:.0%} of training time instead of "
                 f"{budget:.0%}: {self.schedule.guaranteed_s:.2f} s went into the measurements that "
                 "every run gets however short its steps are",
-                {"guaranteed_s": self.schedule.guaranteed_s, "bought_s": self.schedule.bought_s},
+                {
+                    "guaranteed_s": self.schedule.guaranteed_s,
+                    "bought_s": self.schedule.bought_s,
+                    "triggered_s": self.schedule.triggered_s,
+                },
             )
 
     # -- measuring -------------------------------------------------------------------------------
@@ -217,8 +278,16 @@ class Monitor:
     def _note_loss(self, loss: Tensor) -> None:
         """Adds this backward's loss to the step's; reading it on a device waits for a sample."""
         scale = loss_scale(loss)
-        value = loss.item() / scale if loss.device.type == "cpu" else loss.detach() / scale
-        self._loss = value if self._backwards == 1 else self._loss + value
+        earlier = self._loss
+        value: float | Tensor
+        if loss.device.type == "cpu":
+            value = loss.item() / scale
+        elif self._backwards > 1 and isinstance(earlier, Tensor):
+            self._loss = torch.add(earlier, loss.detach(), alpha=1 / scale)  # one kernel, not two
+            return
+        else:
+            value = loss.detach() / scale
+        self._loss = value if self._backwards == 1 else earlier + value
         if isinstance(value, float):
             self._count_right(loss)
             if not math.isfinite(value) and self._looks_at_non_finite < LOOKS_AT_NON_FINITE:
@@ -234,7 +303,11 @@ class Monitor:
                 for (step, _, accuracy), value in zip(waiting, values.tolist(), strict=True)
             ]
         for step, loss, accuracy in waiting:
-            self.log.loss(step, float(loss), accuracy)
+            value = float(loss)
+            self.log.loss(step, value, accuracy)
+            trigger = self._band.judge(step, value)
+            if self.step - step <= FRESH:
+                self._notice(trigger)
 
     def _count_right(self, loss: Tensor) -> None:
         """Adds up the accuracy of a cross-entropy that is the loss itself: no walk, no wait.
@@ -310,7 +383,8 @@ class Monitor:
                     if not sample.rules:  # as they stand before the first step
                         for optimizer in self._optimizers():
                             sample.rules |= step_rules(optimizer, subject.name_of)
-                    sample.read_spectrum(hessian, self._chosen(sample, hessian), self._generator)
+                    chosen, products = self._chosen(sample, hessian)
+                    sample.read_spectrum(hessian, chosen, self._generator, products)
                 if self._plan.interaction:
                     sample.read_interaction(hessian, direction, method)
 
@@ -328,14 +402,29 @@ class Monitor:
         sample.curved = bool(coming)
         return coming or None
 
-    def _chosen(self, sample: Sample, hessian: Hessian) -> list[Component]:
-        """The components whose turn it is; all of them when measuring is forced."""
+    def _chosen(self, sample: Sample, hessian: Hessian) -> tuple[list[Component], int]:
+        """The components whose spectrum is measured, and with how many products at most.
+
+        All of them when measuring is forced; else a suspected one, and those whose turn it is, in
+        alternation.
+        """
         components = sample.measurable(hessian)
         if self.schedule.every is not None or not components:
-            return components
+            return components, PRODUCTS
+        suspected = [
+            component
+            for name in self._suspects
+            for component in components
+            if name in (component.name, component.layer)
+        ]
+        self._suspect_was_last = bool(suspected) and not self._suspect_was_last
+        if self._suspect_was_last:
+            self._next_suspect += 1
+            return [suspected[(self._next_suspect - 1) % len(suspected)]], SUSPECT_PRODUCTS
         first = self._next_component % len(components)
         self._next_component = first + SPECTRUM_COMPONENTS
-        return (components + components)[first : first + min(SPECTRUM_COMPONENTS, len(components))]
+        count = min(SPECTRUM_COMPONENTS, len(components))
+        return (components + components)[first : first + count], PRODUCTS
 
     def _read_update(self, optimizers: Any, *, note_left: bool) -> None:
         sample = self._sample
