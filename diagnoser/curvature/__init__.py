@@ -12,6 +12,7 @@ from diagnoser.curvature.along import (
     row_curvature,
 )
 from diagnoser.curvature.block_trace import Aim, block_trace
+from diagnoser.curvature.coupling import coupling_norm, coupling_norms
 from diagnoser.curvature.fused_attention import second_derivative_of_fused_attention
 from diagnoser.curvature.hessian import Block, Hessian, Vector
 from diagnoser.curvature.lanczos import (
@@ -53,6 +54,8 @@ __all__ = [
     "block_eigenvalues",
     "block_trace",
     "coupling_matrix",
+    "coupling_norm",
+    "coupling_norms",
     "extreme_eigenvalues",
     "finite_difference_defect",
     "forms_along",
