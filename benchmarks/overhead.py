@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import optimizer
 
+from diagnoser.monitor import Schedule
 from diagnoser.monitor.schedule import GUARANTEED_STATISTICS
 from diagnoser.session import Watch, watch
 
@@ -106,11 +107,12 @@ class Lockstep:
     observer: Watch | None
 
 
-def lockstep(make: Callable[[], Loop], watched: bool) -> Lockstep:
+def lockstep(make: Callable[[], Loop], watched: bool, schedule: Schedule | None = None) -> Lockstep:
     """Trains two equal models in turn, step by step on the same batches.
 
     So the speed of the machine, which drifts by more than what is measured, is the same for both.
-    Who goes first alternates. The second is never watched; the first is, if asked for.
+    Who goes first alternates. The second is never watched; the first is, if asked for, by the
+    default schedule or by ``schedule``, which must be new.
     """
     loops = []
     for _ in range(2):
@@ -122,6 +124,8 @@ def lockstep(make: Callable[[], Loop], watched: bool) -> Lockstep:
         if watched:
             out = Path(directory) / "run"
             observer = watch(loops[0].model, loops[0].optimizer, out=out, verbose=False)
+            if schedule is not None:
+                observer._schedule = observer._monitor.schedule = schedule
             observer.__enter__()
         for step in range(loops[0].steps):
             batch = next(loops[0].batches)

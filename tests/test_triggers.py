@@ -120,7 +120,7 @@ def test_a_moment_ratio_far_above_its_own_past_is_a_trigger_and_names_the_compon
     seen = MomentRatios()
     for step, value in enumerate([1.0, 1.2, 0.9, 1.6, 2.0]):
         assert seen.judge(step, ratios(a=value, b=10 * value, c=math.nan)) is None
-    assert seen.judge(5, ratios(a=3.5, b=20.0)) is None  # not three times the median of either
+    assert seen.judge(5, ratios(a=3.5, b=20.0)) is None  # not four times the median of either
     found = seen.judge(6, ratios(a=5.5, b=100.0, c=50.0))
     assert found is not None
     assert (found.kind, found.component, found.step) == ("moment_ratio", "b", 6)

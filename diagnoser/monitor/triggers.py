@@ -25,8 +25,8 @@ MAD_TO_STD = 1.4826  # of a normal distribution
 
 RATIOS = 8  # samples that a component's usual moment ratio is taken from
 LEAST_RATIOS = 4
-RATIO_RISE = 3.0  # times its own median, and
-RATIO_ABOVE = 1.5  # times the largest of them
+RATIO_RISE = 4.0  # times its own median, and
+RATIO_ABOVE = 2.0  # times the largest of them
 LEAST_RATIO = 2.0  # a second moment that lags by less than this makes no step of unusual length
 
 
