@@ -135,6 +135,8 @@ class _Builder:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             line, column = (mark.line, mark.column) if mark else (0, 0)
+            if "nesting depth" in str(error.problem):  # a limit of PyYAML's own, since 6.0.4
+                raise self._at(line, column, "nested too deeply") from None
             raise self._at(line, column, f"not YAML: {error.problem}") from None
         except yaml.YAMLError as error:  # an unprintable character
             raise self._at(0, 0, f"not YAML: {str(error).splitlines()[0]}") from None
