@@ -284,3 +284,64 @@ def test_curvature_along_a_flat_vector_has_the_spread_of_its_samples() -> None:
             singles.append(float(v @ hessian.block_product(block, v)))
     expected = torch.tensor(singles, dtype=torch.float64).std() / math.sqrt(6)
     assert batch_error(found) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_a_second_head_that_couples_samples_is_noticed() -> None:
+    torch.manual_seed(0)
+    body, head, projection = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(4, 4)
+    named = {"body": body, "head": head, "projection": projection}
+    parameters = {f"{k}.{n}": p for k, m in named.items() for n, p in m.named_parameters()}
+    h = torch.tanh(body(torch.randn(6, 3)))
+    z = F.normalize(torch.tanh(projection(h)), dim=1)
+    contrast = F.cross_entropy(z @ z.T, torch.arange(6).roll(1))
+    loss = F.cross_entropy(head(h), torch.randint(0, 3, (6,))) + contrast
+    with Hessian(loss, parameters, sites=True) as hessian:
+        forms = SampleForms.of(hessian, generator())
+        block = (Part("body.weight"), Part("body.bias"))
+        assert forms is None or not forms.covers(block, generator())
+
+
+def test_rows_that_only_a_second_head_sees_are_not_lost() -> None:
+    torch.manual_seed(0)
+    body, whole, token = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(4, 2)
+    named = {"body": body, "whole": whole, "token": token}
+    parameters = {f"{k}.{n}": p for k, m in named.items() for n, p in m.named_parameters()}
+    h = torch.tanh(body(torch.randn(5, 4, 3)))
+    loss = F.cross_entropy(whole(h[:, 0]), torch.randint(0, 3, (5,)))
+    per_token = torch.tanh(token(h)).flatten(0, 1)
+    loss = loss + F.cross_entropy(per_token, torch.randint(0, 2, (20,)))
+    block = (Part("body.weight"), Part("body.bias"))
+    vector = {n: torch.randn_like(p) for n, p in parameters.items()}
+    with Hessian(loss, parameters, sites=True) as hessian:
+        forms = SampleForms.of(hessian, generator())
+        if forms is not None and forms.covers(block, generator()):
+            v = hessian.flatten(block, vector)
+            exact = v @ hessian.block_product(block, v)
+            found = forms.forms(block, Direction(block, vector)).sum()
+            torch.testing.assert_close(found.float(), exact, rtol=1e-4, atol=1e-6)
+
+
+def test_signs_that_do_not_fit_into_memory_together_are_drawn_again_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = made("gru")
+    found = []
+    for limit in (1 << 24, 40):
+        monkeypatch.setattr("diagnoser.curvature.sites.GROUP_ELEMENTS", limit)
+        monkeypatch.setattr("diagnoser.curvature.per_sample.GROUP_ELEMENTS", limit)
+        parameters = dict(model.named_parameters())
+        block = tuple(Part(name) for name in parameters if name.startswith("gru."))
+        with Hessian(loss_on(model), parameters, sites=True) as hessian:
+            draws = RandomSigns(hessian, block, generator(7))
+            name = "gru.weight_hh_l0"
+            first = draws.batch(name, 0, 2)
+            for other in parameters:
+                if other.startswith("gru."):
+                    draws.batch(other, 0, 2)
+            assert torch.equal(first, draws.batch(name, 0, 2))
+            held = sum(t.numel() for t in draws._drawn.values())
+            assert held <= limit
+            forms = SampleForms.of(hessian, generator())
+            assert forms is not None
+            found.append(forms.forms(block, RandomSigns(hessian, block, generator(8))).sum())
+    assert all(value.isfinite() for value in found)

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from diagnoser.curvature.hessian import Block, Graph, Hessian, Vector, differentiate
-from diagnoser.curvature.sites import Rows, Site, Vectors, sample_rows
+from diagnoser.curvature.sites import GROUP_ELEMENTS, Rows, Site, Vectors, sample_rows
 from diagnoser.types import Part
 
 COMPLETE = 1e-3  # relative difference of two gradients that count as the same
@@ -184,7 +184,7 @@ def batch_error(values: Tensor) -> float:
     return math.sqrt(values.numel()) * float(values.std())
 
 
-class RandomSigns(Vectors):
+class RandomSigns:
     """Independent random signs, of every sample its own or (``shared``) the same for all."""
 
     def __init__(
@@ -197,25 +197,36 @@ class RandomSigns(Vectors):
         self._parameters = hessian.parameters
         self._generator = generator
         self.names = frozenset(self._parts)
-        self._drawn: dict[tuple[str, int], Tensor] = {}
+        self._states: dict[tuple[str, int], Tensor] = {}  # of the generator, before each draw
+        self._drawn: dict[tuple[str, int], Tensor] = {}  # as many as fit into a group
 
     def batch(self, name: str, start: int, stop: int) -> Tensor:
-        """See `Vectors`; drawn once, so that all sites of a parameter get the same."""
+        """See `Vectors`; all sites of a parameter get the same, kept or drawn again."""
         key = (name, start)
-        if key not in self._drawn:
-            self._drawn[key] = self._draw(name, stop - start)
-        return self._drawn[key]
+        if key in self._drawn:
+            return self._drawn[key]
+        generator = self._generator
+        if key in self._states:
+            generator = torch.Generator()
+            generator.set_state(self._states[key])
+        else:
+            self._states[key] = generator.get_state()
+        found = self._draw(name, stop - start, generator)
+        held = sum(t.numel() for t in self._drawn.values())
+        if held + found.numel() <= GROUP_ELEMENTS:
+            self._drawn[key] = found
+        return found
 
-    def _draw(self, name: str, count: int) -> Tensor:
+    def _draw(self, name: str, count: int, generator: torch.Generator) -> Tensor:
         parameter = self._parameters[name]
         parts = self._parts.get(name, [])
         if len(parts) == 1 and parts[0].dim is None:
-            return signs((count, *parameter.shape), self._generator, parameter)
+            return signs((count, *parameter.shape), generator, parameter)
         whole = torch.zeros(count, *parameter.shape, dtype=parameter.dtype, device=parameter.device)
         for part in parts:
             for one in whole:
                 view = part.view(one)
-                view.copy_(signs(tuple(view.shape), self._generator, parameter))
+                view.copy_(signs(tuple(view.shape), generator, parameter))
         return whole
 
     def table_rows(self, name: str, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -226,12 +237,11 @@ class RandomSigns(Vectors):
         return signs((distinct.numel(), parameter.shape[1]), self._generator, parameter)[place]
 
 
-class Direction(Vectors):
+class Direction:
     """One given vector for all samples, restricted to a block."""
 
-    shared = True
-
     def __init__(self, block: Block, vector: Vector) -> None:
+        self.shared = True
         self._vector: dict[str, Tensor] = {}
         for part in block:
             if part.parameter in vector:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ class Rows:
         return torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])[self.place]
 
 
-class Vectors:
+class Vectors(Protocol):
     """A vector of the parameters at every sample; what a site asks for its change of output.
 
     ``batch(name, start, stop)`` gives (samples, *shape), or (1, *shape) if all have the same;
@@ -91,11 +91,11 @@ class Vectors:
 
     def batch(self, name: str, start: int, stop: int) -> Tensor:
         """Returns the vectors of a range of samples."""
-        raise NotImplementedError
+        ...
 
     def table_rows(self, name: str, tokens: Tensor, labels: Tensor) -> Tensor:
         """Returns the rows ``tokens`` of an embedding's table, for samples ``labels``."""
-        raise NotImplementedError
+        ...
 
 
 Change = Callable[[Vectors, Rows], Tensor]
@@ -126,31 +126,40 @@ class Site:
         return gradient.numel() // self.row_size
 
 
-def find_sites(root: Tensor, parameters: Mapping[str, Tensor]) -> list[Site]:
-    """Returns the sites in the graph of ``root``, the ones nearest to it first.
+def find_sites(loss: Tensor, parameters: Mapping[str, Tensor]) -> list[Site]:
+    """Returns the sites in the graph of a loss, the ones nearest to it first.
 
-    Known are linear maps (addmm, mm), added biases, gains, layer and group norms, embeddings and
+    Known are linear maps (addmm, mm), added biases, gains, layer norms, embeddings and
     convolutions. A parameter that is also used in another way has no complete list; whoever uses
     sites compares the gradient they give with the real one.
+
+    All of the loss has to go through the first site, because what happens between it and the loss
+    is what `sample_rows` looks at. A loss with several heads has no such site, and none is
+    returned: another head could couple the samples, or see rows that the first one does not.
     """
     names = {id(p): n for n, p in parameters.items()}
     found: list[Site] = []
-    seen: set[Node] = {root.grad_fn}
-    level: list[Node] = [root.grad_fn]
-    while level:
-        following_level: list[Node] = []
-        for node in level:
-            maker = _MAKERS.get(node.name())
-            if maker is not None:
-                site = maker(node, _leaves(node, names), parameters)
-                if site is not None:
-                    found.append(site)
-            for following, _ in node.next_functions:
-                if following is not None and following not in seen:
-                    seen.add(following)
-                    following_level.append(following)
-        level = following_level
-    return found
+    for node in _nodes(loss.grad_fn):
+        maker = _MAKERS.get(node.name())
+        site = None if maker is None else maker(node, _leaves(node, names), parameters)
+        if site is not None:
+            found.append(site)
+    if not found:
+        return []
+    passed_by = set(_nodes(loss.grad_fn, without=found[0].edge.node))
+    return [] if any(site.edge.node in passed_by for site in found[1:]) else found
+
+
+def _nodes(start: Node, without: Node = None) -> list[Node]:
+    """Returns the nodes that can be reached from one, breadth first, not through ``without``."""
+    order: list[Node] = [] if start is None or start == without else [start]
+    seen: set[Node] = {start, without}
+    for node in order:  # which grows
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                order.append(following)
+    return order
 
 
 _VIEWS = ("TBackward0", "ViewBackward0", "SliceBackward0", "SplitBackward0", "UnsafeSplitBackward0",
