@@ -88,7 +88,7 @@ def test_deflation_by_a_ritz_basis_is_unbiased_and_sharper() -> None:
     assert float(deflated.std()) < 0.5 * float(plain.std())
 
 
-def test_the_pilot_chooses_vectors_per_sample_where_samples_disagree() -> None:
+def test_the_pilot_chooses_vectors_per_sample_where_they_are_sharper() -> None:
     model, x, labels = network(128)
     block = (Part("4.weight"), Part("4.bias"))
     loss = F.cross_entropy(model(x), labels)
