@@ -114,11 +114,11 @@ def test_the_errors_of_the_reference_are_taken_off():
     assert math.isnan(rms([1.0, math.nan], truth()))
 
 
-def cost_row(our_error, elements=10**6):
+def cost_row(our_error, elements=10**6, reference_error=0.0):
     rule = {"rms_error": 0.4, "seconds": 3.0}
     return {
         "elements": elements,
-        "truth": {"scale": 1.0},
+        "truth": {"scale": 1.0, "std_error": reference_error},
         "ours": {"check_seconds": 0.25, "alone": {"rms_error": our_error, "seconds": 1.0}},
         "pyhessian": {
             "deviation": 2.0,
@@ -145,6 +145,8 @@ def test_few_seeds_and_exact_values_earn_no_credit():
     exact = equal_error(cost_row(0.0), "alone", 0.0, seeds=30)
     assert exact["error"] == CREDIT
     assert exact["fixed_products"] == pytest.approx((2.0 / CREDIT) ** 2)
+    doubtful = cost_row(0.0, reference_error=0.3)
+    assert equal_error(doubtful, "alone", 0.0, seeds=30)["error"] == 0.3
     tiny = equal_error(cost_row(0.0, elements=8), "alone", 0.0, seeds=30)
     assert tiny["fixed_products"] == 8
     assert tiny["repaired"] == pytest.approx(0.5 + 8 * 0.1)  # not 3 * (0.4 / 0.05)^2
