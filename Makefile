@@ -37,6 +37,7 @@ check: $(VENV)/.stamp-test
 
 evidence: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.subject_harm
+	$(BIN)/python -m benchmarks.trace_coverage
 	$(BIN)/python -m benchmarks.first_slice
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.example

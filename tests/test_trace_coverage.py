@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,12 +15,16 @@ from torch import Tensor
 from benchmarks.trace_coverage import (
     BLOCK,
     COMPONENTS,
+    PROBE_SETS,
+    RESULTS,
     SETTINGS,
+    TRIALS,
     RecordedForms,
     RecordedHessian,
     Setting,
     Tally,
     effort,
+    misses,
     recorded_blocks,
     sample_blocks,
     stops,
@@ -57,6 +62,52 @@ def trace_of(blocks: Tensor, aim: Aim, seed: int = 0, *, forms: bool = False) ->
 
 
 # The figures that are published
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
+
+
+def test_the_published_figures_are_of_every_kind_setting_and_size(report: dict[str, Any]) -> None:
+    assert report["trials"] == TRIALS
+    assert list(report["kinds"]) == list(KINDS)
+    for sizes in report["kinds"].values():
+        assert list(sizes) == [str(samples) for samples in PROBE_SETS]
+        for figures in sizes.values():
+            assert list(figures["settings"]) == [setting.name for setting in SETTINGS]
+            assert all(s["trials"] == TRIALS for s in figures["settings"].values())
+
+
+@pytest.mark.parametrize("samples", PROBE_SETS)
+def test_published_signs_are_right_and_mostly_decided(report: dict[str, Any], samples: int) -> None:
+    found = misses(report["kinds"], samples)
+    assert found["wrong"] == []
+    assert found["undecided_clear"] == []
+    assert report["misses"][str(samples)] == found
+
+
+def test_published_intervals_miss_the_aim_no_more_often_than_is_said(
+    report: dict[str, Any],
+) -> None:
+    # The aim, 93 to 97 % of the trials in every cell, is missed: by 0.1 % in four of 198 cells with
+    # 256 samples, by more with 32, of which few may be far larger than the rest.
+    found = {samples: misses(report["kinds"], samples)["coverage"] for samples in PROBE_SETS}
+    assert len(found[256]) == 4
+    assert all(text.endswith("covers_population 0.971") for text in found[256])
+    assert len(found[32]) == 24
+
+
+def test_the_published_rule_of_pyhessian_stops_at_once_below_zero(report: dict[str, Any]) -> None:
+    for sizes in report["kinds"].values():
+        for figures in sizes.values():
+            rule, ours = figures["pyhessian_rule"], figures["settings"]["chosen, sign"]
+            if figures["negative"]["share"] < 0.01:
+                assert rule["published, negated"]["products"] < 2.5
+            assert ours["wrong"]["share"] <= rule["repaired, negated"]["wrong"]["share"] + 0.005
+
+
+# The same on fewer trials
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # said by torch.func
