@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +14,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from diagnoser.curvature import ProbeSet
 from diagnoser.diagnosis import default_rules, diagnose
-from diagnoser.errors import DiagnoserError, RunLogError, UsageError
+from diagnoser.errors import DiagnoserError, MeasurementError, RunLogError, UsageError
 from diagnoser.monitor import Interception, Monitor, Schedule
 from diagnoser.report import finding_line, write_run
 from diagnoser.rules import Rule
@@ -25,6 +25,7 @@ from diagnoser.types import Diagnosis, Finding
 from diagnoser.vocabulary import MODEL, severity_rank
 
 SAID_AT_THE_END = 3  # events of the monitor
+SAID_KINDS = ("monitor_error", "unmeasurable", "curvature_method", "over_budget")
 ANNOUNCING_SHARE = 0.005  # of training time that looking for new findings may take
 LOOK_S = 0.02  # what the first look takes, about
 
@@ -47,7 +48,7 @@ class Watch:
         *,
         models: Mapping[str, nn.Module] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        probe: Callable[[], list[Tensor]] | None = None,
+        probe: ProbeSet | None = None,
         overhead: float = 0.10,
         every: int | None = None,
         rules: Path | str | None = None,
@@ -144,7 +145,7 @@ class Watch:
             if event.kind == "monitor_error"
             else event.message
             for event in events
-            if event.kind in ("monitor_error", "unmeasurable", "over_budget")
+            if event.kind in SAID_KINDS
         )
         return list(messages)[:SAID_AT_THE_END]
 
@@ -255,6 +256,7 @@ def watch(
     *,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     probe: Any = None,
+    dtype: torch.dtype | None = None,
     out: Path | str | None = None,
     overhead: float = 0.10,
     every: int | None = None,
@@ -281,7 +283,9 @@ def watch(
         optimizer: Its optimizer; found by itself if left out.
         loss_fn: With ``probe``: ``loss_fn(model, batch)`` gives the scalar loss of a batch.
         probe: A fixed batch that curvature is measured on (modules in eval mode) instead of the
-            training's own; a list of batches gives ``batch_std_error``, too.
+            training's own; a list of batches gives ``batch_std_error``, too. Tensors, and tuples,
+            lists and mappings of them, are measured in pieces where memory is short.
+        dtype: With ``probe``: the type that curvature is measured in, such as ``torch.float64``.
         out: The run directory; a new one under ``diagnoser-runs/`` if left out.
         overhead: Share of training time that measuring may take. Eight curvature measurements are
             made in any run of 200 steps even where that exceeds it; the log then says so.
@@ -297,45 +301,28 @@ def watch(
     models = {"model": model} if isinstance(model, nn.Module) else model
     if (loss_fn is None) != (probe is None):
         raise UsageError("loss_fn= and probe= go together: loss_fn(model, batch) on a fixed batch")
-    losses = None
+    if dtype is not None and probe is None:
+        raise UsageError("dtype= needs probe=: a live graph is in the type that it was computed in")
+    samples = None
     if loss_fn is not None:
         if models is None or len(models) != 1:
             raise UsageError("probe= needs exactly one model: pass it as the first argument")
-        losses = _probe(next(iter(models.values())), loss_fn, probe)
+        (only,) = models.values()
+        batches = probe if isinstance(probe, list) else [probe]
+        try:
+            samples = ProbeSet(loss_fn, only, batches, sites=True, dtype=dtype)
+        except MeasurementError as error:
+            raise UsageError(f"probe=: {error}") from error
     return Watch(
         out,
         models=models,
         optimizer=optimizer,
-        probe=losses,
+        probe=samples,
         overhead=overhead,
         every=every,
         rules=rules,
         announce=to_stderr() if verbose else None,
     )
-
-
-def _probe(
-    model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], probe: Any
-) -> Callable[[], list[Tensor]]:
-    batches = probe if isinstance(probe, list) else [probe]
-
-    def losses() -> list[Tensor]:
-        with _evaluating(model):
-            return [loss_fn(model, batch) for batch in batches]
-
-    return losses
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 __all__ = ["DiagnoserError", "RunLogError", "Watch", "switched_off", "to_stderr", "watch"]

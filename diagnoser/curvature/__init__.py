@@ -1,7 +1,7 @@
 """Curvature of the loss, per component: traces, both spectral ends, couplings, with their errors.
 
-One estimator a file. All of them work on a `Hessian`, an operator made from a loss with a live
-graph, and return `diagnoser.types.Estimate`.
+One estimator a file. All of them work on an `Operator`, such as a `Hessian` made from a loss with a
+live graph or what a `ProbeSet` makes, and return `diagnoser.types.Estimate`.
 """
 
 from diagnoser.curvature.along import (
@@ -13,8 +13,9 @@ from diagnoser.curvature.along import (
 )
 from diagnoser.curvature.block_trace import Aim, block_trace
 from diagnoser.curvature.coupling import coupling_norm, coupling_norms
+from diagnoser.curvature.finite_difference import CentralDifference
 from diagnoser.curvature.fused_attention import second_derivative_of_fused_attention
-from diagnoser.curvature.hessian import Block, Hessian, Vector
+from diagnoser.curvature.hessian import Hessian, NoSecondDerivativeError
 from diagnoser.curvature.lanczos import (
     Ends,
     block_eigenvalues,
@@ -22,6 +23,7 @@ from diagnoser.curvature.lanczos import (
     largest_eigenvalues,
     precondition,
 )
+from diagnoser.curvature.operator import Block, Operator, Vector
 from diagnoser.curvature.per_sample import (
     Direction,
     RandomSigns,
@@ -30,6 +32,9 @@ from diagnoser.curvature.per_sample import (
     forms_along,
     forms_of,
 )
+from diagnoser.curvature.probe import ProbeSet, StreamedHessian
+from diagnoser.curvature.random_states import RandomStates
+from diagnoser.curvature.replay import CompiledCalls, ReplayHessian, compiled_nodes
 from diagnoser.curvature.self_checks import (
     finite_difference_defect,
     symmetry_defect,
@@ -41,18 +46,27 @@ from diagnoser.curvature.trace import hutchinson_trace
 __all__ = [
     "Aim",
     "Block",
+    "CentralDifference",
+    "CompiledCalls",
     "Coupling",
     "Direction",
     "Ends",
     "Hessian",
+    "NoSecondDerivativeError",
+    "Operator",
+    "ProbeSet",
     "RandomSigns",
+    "RandomStates",
+    "ReplayHessian",
     "RowCurvature",
     "SampleForms",
+    "StreamedHessian",
     "Vector",
     "batch_error",
     "block_curvature",
     "block_eigenvalues",
     "block_trace",
+    "compiled_nodes",
     "coupling_matrix",
     "coupling_norm",
     "coupling_norms",

@@ -37,7 +37,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diagnoser.curvature.hessian import Block, Hessian
+from diagnoser.curvature.operator import Block, Operator
 from diagnoser.curvature.per_sample import Direction, RandomSigns, SampleForms
 from diagnoser.curvature.trace import DECISION, exact_trace, random_signs
 from diagnoser.types import Estimate
@@ -71,7 +71,7 @@ class Aim:
 
 
 def block_trace(
-    hessian: Hessian,
+    hessian: Operator,
     block: Block,
     generator: torch.Generator,
     *,
@@ -172,7 +172,7 @@ class _PerSample:
 
     def __init__(
         self,
-        hessian: Hessian,
+        hessian: Operator,
         block: Block,
         generator: torch.Generator,
         forms: Sequence[SampleForms],
@@ -281,7 +281,7 @@ class _Plain:
 
     def __init__(
         self,
-        hessian: Hessian,
+        hessian: Operator,
         block: Block,
         generator: torch.Generator,
         basis: Tensor | None,

@@ -39,8 +39,8 @@ from torch import Tensor
 
 from diagnoser.curvature.batches import estimates_over_chunks
 from diagnoser.curvature.decision import student
-from diagnoser.curvature.hessian import Block, Hessian
 from diagnoser.curvature.lanczos import extreme_eigenvalues
+from diagnoser.curvature.operator import Block, Operator
 from diagnoser.errors import MeasurementError
 from diagnoser.types import Component, Estimate
 
@@ -48,7 +48,7 @@ _LEAST = 3  # columns: one along the basis, two random ones for a spread
 
 
 def coupling_norms(
-    hessian: Hessian,
+    hessian: Operator,
     components: Sequence[Component],
     generator: torch.Generator,
     *,
@@ -101,7 +101,7 @@ def coupling_norms(
 
 
 def coupling_norm(
-    hessian: Hessian,
+    hessian: Operator,
     block: Block,
     others: Sequence[Component],
     generator: torch.Generator,
@@ -188,7 +188,7 @@ class _Side:
 
 
 def _probe(
-    hessian: Hessian,
+    hessian: Operator,
     block: Block,
     generator: torch.Generator,
     columns: int,
@@ -224,7 +224,7 @@ def _probe(
 
 
 def _sides(
-    hessian: Hessian, probe: _Probe, others: Mapping[str, _Probe], generator: torch.Generator
+    hessian: Operator, probe: _Probe, others: Mapping[str, _Probe], generator: torch.Generator
 ) -> dict[str, _Side]:
     """Takes the columns of one block and looks at them in every other."""
     found = {name: _Side(probe.outside) for name in others}
@@ -261,7 +261,7 @@ def _directions(probe: _Probe, generator: torch.Generator) -> list[tuple[Tensor,
     return [(q, False) for q in probe.basis] + [(u, True) for u in drawn]
 
 
-def _spread(hessian: Hessian, block: Block, v: Tensor) -> dict[str, Tensor]:
+def _spread(hessian: Operator, block: Block, v: Tensor) -> dict[str, Tensor]:
     """Returns a flat vector of a block as a vector over the parameters."""
     vector: dict[str, Tensor] = {}
     pieces = torch.split(
@@ -275,7 +275,7 @@ def _spread(hessian: Hessian, block: Block, v: Tensor) -> dict[str, Tensor]:
     return vector
 
 
-def _estimate(hessian: Hessian, sides: Sequence[_Side]) -> Estimate:
+def _estimate(hessian: Operator, sides: Sequence[_Side]) -> Estimate:
     """Returns the norm from the columns of one side or of both."""
     chunks = len(hessian.chunks)
     exact = [side for side in sides if side.exact]

@@ -11,8 +11,9 @@ block :math:`H_{bb}` costs a fraction of a full one.
 
 from __future__ import annotations
 
-import functools
+import copy
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,22 +22,22 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from diagnoser.curvature.fused_attention import second_derivative_of_fused_attention
+from diagnoser.curvature.operator import Block, Operator, Vector, trained
 from diagnoser.curvature.sites import Site, find_sites
 from diagnoser.errors import MeasurementError
 from diagnoser.types import Part
 
-Block = Sequence[Part]
-"""A group of parameters or of ranges of them: the ``parts`` of a `types.Component`."""
+__all__ = ["Block", "Graph", "Hessian", "NoSecondDerivativeError", "Vector", "differentiate"]
 
-Vector = Mapping[str, Tensor]
-"""A vector over the parameters: name to a tensor of the parameter's shape; left out means zero."""
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
-class Hessian:
-    """The Hessian of a loss with respect to named parameters, as an operator.
+class NoSecondDerivativeError(MeasurementError):
+    """An operation on the way from loss to parameters cannot be differentiated twice."""
 
-    Two spellings of a vector: a `Vector` (name to tensor) over all parameters, and for one block a
-    flat tensor of `size` (block) elements, its parts one after the other in row-major order.
+
+class Hessian(Operator):
+    """The Hessian of a loss, by exact products on its live graph.
 
     The loss's own graph is never freed and no ``.grad`` is touched, so a training step may go on
     with its ``backward`` afterwards. A parameter the loss does not depend on has zero rows and
@@ -68,14 +69,11 @@ class Hessian:
         losses = (loss,) if isinstance(loss, Tensor) else tuple(loss)
         if not losses:
             raise MeasurementError("no loss to differentiate; give at least one")
-        distinct: dict[int, str] = {}
-        for name, parameter in parameters.items():
-            if parameter.requires_grad:
-                distinct.setdefault(id(parameter), name)
-        self.parameters: dict[str, Tensor] = {n: parameters[n] for n in distinct.values()}
+        self.parameters = trained(parameters)
         self._scale = scale
-        self._graphs = tuple(_gradient_graph(chunk, self.parameters, sites) for chunk in losses)
-        self.dtype = _lowest_precision(losses[0], self.parameters.values())
+        with self._differentiable():
+            self._graphs = tuple(_gradient_graph(chunk, self.parameters, sites) for chunk in losses)
+        self.dtype = lowest_precision(losses[0], self.parameters.values())
 
     @property
     def chunks(self) -> tuple[Hessian, ...]:
@@ -85,74 +83,22 @@ class Hessian:
         return tuple(self._with_graphs((graph,)) for graph in self._graphs)
 
     def _with_graphs(self, graphs: tuple[Graph, ...]) -> Hessian:
-        part = object.__new__(Hessian)
-        part.parameters, part._scale, part.dtype = self.parameters, self._scale, self.dtype
+        part = copy.copy(self)
         part._graphs = graphs
         return part
+
+    @property
+    def loss(self) -> float:
+        """See `Operator`; reads a value from its device."""
+        self._check_alive()
+        return float(torch.stack([graph.loss for graph in self._graphs]).sum()) * self._factor
 
     @property
     def gradient(self) -> dict[str, Tensor]:
         """The gradient, detached; zero for parameters the loss does not depend on."""
         self._check_alive()
         found = [{n: g.detach() for n, g in graph.gradient.items()} for graph in self._graphs]
-        return self._mean(found, self.parameters)
-
-    @property
-    def everything(self) -> tuple[Part, ...]:
-        """The block of all parameters."""
-        return tuple(Part(name) for name in self.parameters)
-
-    def known(self, block: Block) -> tuple[Part, ...]:
-        """Returns the parts of a block that are measured: not the frozen ones, say."""
-        return tuple(part for part in block if part.parameter in self.parameters)
-
-    def size(self, block: Block) -> int:
-        """Returns the number of elements of a block."""
-        return sum(part.view(self._parameter(part)).numel() for part in block)
-
-    def like(self, block: Block) -> Tensor:
-        """Returns a tensor of the type and device that flat vectors of the block should have."""
-        if not block:
-            raise MeasurementError("a component without trained parameters has no curvature")
-        return self._parameter(block[0])
-
-    def flatten(self, block: Block, vector: Vector) -> Tensor:
-        """Returns the block's elements of a vector as one flat tensor; left out means zero."""
-        pieces = [
-            part.view(vector[part.parameter]).reshape(-1)
-            if part.parameter in vector
-            else part.view(torch.zeros_like(self._parameter(part))).reshape(-1)
-            for part in block
-        ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    def product(self, vector: Vector, rows: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Returns :math:`H v`, all of it or only the rows of some parameters.
-
-        Args:
-            vector: May leave parameters out (zero there); other names are ignored.
-            rows: Names of the parameters whose rows are wanted; None: all.
-        """
-        weights = [(Part(name), vector[name]) for name in self.parameters if name in vector]
-        return self._differentiate(weights, self._names(rows))
-
-    def column(
-        self, block: Block, vector: Vector, rows: Collection[str] | None = None
-    ) -> dict[str, Tensor]:
-        """Returns :math:`H_{:,b} v_b`: the product with only the block's elements of ``vector``."""
-        weights = [(p, p.view(vector[p.parameter])) for p in block if p.parameter in vector]
-        return self._differentiate(weights, self._names(rows))
-
-    def block_product(self, block: Block, v: Tensor) -> Tensor:
-        """Returns :math:`H_{bb} v` for a flat ``v`` of `size` (block) elements, equally flat."""
-        views = [part.view(self._parameter(part)) for part in block]
-        pieces = torch.split(v, [view.numel() for view in views])
-        weights = [
-            (part, piece.view(view.shape))
-            for part, piece, view in zip(block, pieces, views, strict=True)
-        ]
-        found = self._differentiate(weights, self._names([part.parameter for part in block]))
-        return self.flatten(block, found)
+        return self._sum(found, self.parameters, self._factor)
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
@@ -169,34 +115,22 @@ class Hessian:
         """Drops the gradient graphs; no product can be taken afterwards."""
         self._graphs = ()
 
-    def __enter__(self) -> Hessian:
-        return self
+    @property
+    def _factor(self) -> float:
+        return 1.0 / (self._scale * len(self._graphs))
 
-    def __exit__(self, *exception: object) -> None:
-        self.release()
-
-    def _names(self, rows: Collection[str] | None) -> list[str]:
-        if rows is None:
-            return list(self.parameters)
-        return [name for name in self.parameters if name in rows]
-
-    def _parameter(self, part: Part) -> Tensor:
-        try:
-            return self.parameters[part.parameter]
-        except KeyError:
-            raise MeasurementError(
-                f"{part.parameter}: not among the measured parameters (frozen, unknown, or a "
-                "second name of a shared tensor); leave it out of the component"
-            ) from None
+    def _differentiable(self) -> AbstractContextManager[None]:
+        """What must hold while autograd runs; nothing, for operations with a second derivative."""
+        return nullcontext()
 
     def _check_alive(self) -> None:
         if not self._graphs:
             raise MeasurementError("this Hessian was released; build a new one from a live loss")
 
-    def _differentiate(
+    def _multiply(
         self, weights: Sequence[tuple[Part, Tensor]], names: Sequence[str]
     ) -> dict[str, Tensor]:
-        """Returns the gradient of the sum of <part of g, weight> with respect to ``names``."""
+        """The gradient of the sum of <part of g, weight> with respect to ``names``."""
         self._check_alive()
         inputs = [self.parameters[name] for name in names]
         found: list[dict[str, Tensor]] = []
@@ -212,33 +146,17 @@ class Hessian:
             if not outputs or not inputs:
                 found.append({})
                 continue
-            rows = differentiate(outputs, inputs, directions, create_graph=False)
+            with self._differentiable():
+                rows = differentiate(outputs, inputs, directions, create_graph=False)
             found.append({n: r for n, r in zip(names, rows, strict=True) if r is not None})
-        return self._mean(found, names)
-
-    def _mean(
-        self, found: Sequence[Mapping[str, Tensor]], names: Collection[str]
-    ) -> dict[str, Tensor]:
-        """Returns the mean over chunks, unscaled; a read-only zero where no chunk had a value."""
-        factor = 1.0 / (self._scale * len(found))
-        mean: dict[str, Tensor] = {}
-        for name in names:
-            values = [chunk[name] for chunk in found if name in chunk]
-            if values:
-                total = functools.reduce(torch.add, values)
-                if total.layout != torch.strided:  # rows of a sparse embedding
-                    total = total.to_dense()
-                mean[name] = total if factor == 1.0 else total * factor
-            else:
-                parameter = self.parameters[name]
-                mean[name] = parameter.new_zeros(()).expand(parameter.shape)
-        return mean
+        return self._sum(found, names, self._factor)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Graph:
-    """The gradient of one loss as a graph: by parameter (those that exist), and by site."""
+    """A loss, detached, and its gradient as a graph: by parameter (those that exist), by site."""
 
+    loss: Tensor
     gradient: Mapping[str, Tensor]
     sites: Sequence[Site] = ()
     at_sites: Sequence[Tensor] = ()
@@ -246,14 +164,7 @@ class Graph:
 
 def _gradient_graph(loss: Tensor, parameters: Mapping[str, Tensor], with_sites: bool) -> Graph:
     """Differentiates one loss once, keeping the graph of the result."""
-    if not parameters:
-        raise MeasurementError("no parameter requires a gradient; nothing to differentiate by")
-    if loss.numel() != 1:
-        raise MeasurementError(
-            f"the loss has shape {tuple(loss.shape)}; curvature needs a scalar: take its mean"
-        )
-    if loss.grad_fn is None:
-        raise MeasurementError("the loss has no graph; compute it with gradients enabled")
+    check_loss(loss)
     sites = find_sites(loss, parameters) if with_sites else []
     inputs: list[Tensor | GradientEdge] = list(parameters.values())
     inputs += [site.edge for site in sites]
@@ -263,7 +174,18 @@ def _gradient_graph(loss: Tensor, parameters: Mapping[str, Tensor], with_sites: 
     reached = [
         (site, g) for site, g in zip(sites, found[len(parameters) :], strict=True) if g is not None
     ]
-    return Graph(gradient, [site for site, _ in reached], [g for _, g in reached])
+    value = loss.detach().reshape(())
+    return Graph(value, gradient, [site for site, _ in reached], [g for _, g in reached])
+
+
+def check_loss(loss: Tensor) -> None:
+    """Raises a `MeasurementError` for a loss that cannot be differentiated at all."""
+    if loss.numel() != 1:
+        raise MeasurementError(
+            f"the loss has shape {tuple(loss.shape)}; curvature needs a scalar: take its mean"
+        )
+    if loss.grad_fn is None:
+        raise MeasurementError("the loss has no graph; compute it with gradients enabled")
 
 
 def differentiate(
@@ -288,17 +210,17 @@ def differentiate(
                 create_graph=create_graph,
                 allow_unused=True,
             )
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if out_of_memory(error):
+            raise
         reason = str(error).strip().partition("\n")[0]
-        raise MeasurementError(
+        raise NoSecondDerivativeError(
             f"no second derivative here: {reason}; "
             "replay the step with an operation that has one, or leave curvature out"
         ) from error
 
 
-def _lowest_precision(loss: Tensor, parameters: Collection[Tensor]) -> str:
+def lowest_precision(loss: Tensor, parameters: Collection[Tensor]) -> str:
     """Returns the name of the narrowest floating type in the graph: what the numbers rest on."""
     seen: set[Any] = set()
     waiting: list[Any] = [loss.grad_fn]
@@ -311,3 +233,11 @@ def _lowest_precision(loss: Tensor, parameters: Collection[Tensor]) -> str:
         dtypes.update(meta.dtype for meta in node._input_metadata if meta.dtype.is_floating_point)
         waiting.extend(following for following, _ in node.next_functions)
     return str(min(dtypes, key=lambda dtype: -torch.finfo(dtype).eps)).removeprefix("torch.")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory has run out; on CPU and MPS that is a plain RuntimeError with a text."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _OUT_OF_MEMORY)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnoser.curvature.hessian import Hessian, Vector
+from diagnoser.curvature.operator import Operator, Vector
 from diagnoser.errors import MeasurementError
 
 
-def symmetry_defect(hessian: Hessian, u: Vector, v: Vector) -> float:
+def symmetry_defect(hessian: Operator, u: Vector, v: Vector) -> float:
     r"""Returns :math:`|u^\top H v - v^\top H u| / (\|u\| \|H v\|)`, from two products.
 
     About 1e-7 in float32 when all is well, up to 1e-4 in bfloat16, 0.1 and more when a derivative

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diagnoser.curvature.batches import estimates_over_chunks
-from diagnoser.curvature.hessian import Block, Hessian
+from diagnoser.curvature.operator import Block, Operator
 from diagnoser.types import Estimate
 
 DECISION = 2.5
@@ -30,7 +30,7 @@ _EVERY = 4  # random vectors between two looks at it: a look waits for the devic
 
 
 def hutchinson_trace(
-    hessian: Hessian,
+    hessian: Operator,
     block: Block,
     generator: torch.Generator,
     *,
@@ -99,7 +99,7 @@ def random_signs(size: int, generator: torch.Generator, like: Tensor) -> Tensor:
     return (2 * bits - 1).to(like)
 
 
-def _quadratic(hessian: Hessian, block: Block, z: Tensor) -> tuple[Tensor, Tensor]:
+def _quadratic(hessian: Operator, block: Block, z: Tensor) -> tuple[Tensor, Tensor]:
     """Returns z'Hz of each chunk, (chunks,), and the squared norm of their mean H z."""
     products = [chunk.block_product(block, z) for chunk in hessian.chunks]
     values = torch.stack([(z * Hz).sum(dtype=torch.float64) for Hz in products])
@@ -107,7 +107,7 @@ def _quadratic(hessian: Hessian, block: Block, z: Tensor) -> tuple[Tensor, Tenso
     return values, torch.linalg.vector_norm(mean, dtype=torch.float64).square()
 
 
-def exact_trace(hessian: Hessian, block: Block, size: int) -> Estimate:
+def exact_trace(hessian: Operator, block: Block, size: int) -> Estimate:
     """Returns the trace of a block of ``size`` elements from as many products with unit vectors."""
     like = hessian.like(block)
     diagonals: list[Tensor] = []

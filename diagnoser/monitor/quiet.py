@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diagnoser.curvature import RandomStates
 from diagnoser.monitor.interception import Books
 
 
@@ -32,7 +31,7 @@ def quiet(
         parameters: Parameters whose hooks are kept still.
     """
     with ExitStack() as undo:
-        undo.callback(_hold_random_states())
+        undo.callback(RandomStates.now().restore)
         _hold_modules(undo, modules)
         for parameter in parameters:
             _empty(undo, parameter._backward_hooks)
@@ -50,24 +49,6 @@ def quiet(
             if torch.amp.is_autocast_available(device):
                 undo.enter_context(torch.autocast(device, enabled=False))
         yield
-
-
-def _hold_random_states() -> Any:
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    python = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-
-    def restore() -> None:
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-        random.setstate(python)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
-
-    return restore
 
 
 def _hold_modules(undo: ExitStack, modules: Iterable[nn.Module]) -> None:

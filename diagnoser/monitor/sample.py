@@ -22,6 +22,7 @@ from diagnoser.curvature import (
     Aim,
     Ends,
     Hessian,
+    Operator,
     RowCurvature,
     batch_error,
     block_trace,
@@ -59,7 +60,6 @@ class Along:
     rows: RowCurvature
     descent: Array  # g_i'd_i, (components,)
     loss: float
-    method: str
 
 
 @dataclass
@@ -76,6 +76,7 @@ class Sample:
     update: dict[str, Tensor] = field(default_factory=dict)
     rules: dict[str, StepRule] = field(default_factory=dict)
     along: Along | None = None
+    place: str = ""  # where curvature is measured, see `_estimate`
     curved: bool = False  # curvature along the coming step was measured
     left_gradients: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -219,7 +220,7 @@ class Sample:
             self.components("gradient_cosine", cosines(self.subject.parts, shared, self.gradient))
         self.gradient = {}
 
-    def measurable(self, hessian: Hessian) -> list[Component]:
+    def measurable(self, hessian: Operator) -> list[Component]:
         """The components all of whose parts the Hessian has (frozen ones are left out)."""
         return [
             component
@@ -227,9 +228,7 @@ class Sample:
             if all(part.parameter in hessian.parameters for part in component.parts)
         ]
 
-    def read_curvature(
-        self, hessian: Hessian, direction: Mapping[str, Tensor], loss: float, method: str
-    ) -> None:
+    def read_curvature(self, hessian: Operator, direction: Mapping[str, Tensor]) -> None:
         """Takes the product of the Hessian with a step: second and first order of its effect.
 
         The rows are made by `add_curvature`, when it is known how the step really came out.
@@ -237,7 +236,7 @@ class Sample:
         components = self.measurable(hessian)
         along = row_curvature(hessian, direction, components)
         descent = inner_products(self.subject.parts, hessian.gradient, direction)
-        self.along = Along(dict(direction), along, descent, loss, method)
+        self.along = Along(dict(direction), along, descent, hessian.loss)
 
     def add_curvature(self, scale: float = 1.0) -> None:
         """Adds curvature along the step; ``scale`` is how long it was against the direction.
@@ -256,19 +255,17 @@ class Sample:
         estimates = {**found.rows.components, MODEL: found.rows.total}
         for name, estimate in estimates.items():
             square = scale * scale
-            self._estimate("update_curvature", name, estimate, square, found.method)
+            self._estimate("update_curvature", name, estimate, square)
             if found.loss > 0:
                 share = 0.5 * square / found.loss
-                self._estimate("update_curvature_share", name, estimate, share, found.method)
+                self._estimate("update_curvature_share", name, estimate, share)
             if metric.get(name, math.nan) > 0:
-                self._estimate("step_sharpness", name, estimate, 1 / metric[name], found.method)
+                self._estimate("step_sharpness", name, estimate, 1 / metric[name])
         descent = abs(float(np.nansum(found.descent)))
         if descent > 0:
-            self._estimate(
-                "overshoot", MODEL, found.rows.total, 0.5 * scale / descent, found.method
-            )
+            self._estimate("overshoot", MODEL, found.rows.total, 0.5 * scale / descent)
 
-    def read_gradient_curvature(self, hessian: Hessian, method: str) -> None:
+    def read_gradient_curvature(self, hessian: Operator) -> None:
         """Curvature along the gradient, g_i'(Hg)_i / g_i'g_i, from one product."""
         gradient = hessian.gradient
         components = self.measurable(hessian)
@@ -279,7 +276,7 @@ class Sample:
             square = float(squares[index[component.name]])
             if square > 0:
                 estimate = along.components[component.name]
-                self._estimate("gradient_curvature", component.name, estimate, 1 / square, method)
+                self._estimate("gradient_curvature", component.name, estimate, 1 / square)
 
     def _step_metric(self, direction: Mapping[str, Tensor]) -> dict[str, float]:
         """D'Pd / (learning rate * factor), per component and in all; NaN where it is not known."""
@@ -298,7 +295,7 @@ class Sample:
 
     def read_spectrum(
         self,
-        hessian: Hessian,
+        hessian: Operator,
         components: Sequence[Component],
         generator: torch.Generator,
         products: int = 12,
@@ -310,7 +307,7 @@ class Sample:
         At most ``products`` products are taken for each of the three. Where the samples of the
         loss can be told apart, each has an error for other samples, too.
         """
-        forms = forms_of(hessian, generator)
+        forms = forms_of(hessian, generator) if isinstance(hessian, Hessian) else None
         for component in components:
             block, name = component.parts, component.name
             covered = forms is not None and all(f.covers(block, generator) for f in forms)
@@ -346,7 +343,7 @@ class Sample:
 
     def _ends(
         self,
-        hessian: Hessian,
+        hessian: Operator,
         component: Component,
         generator: torch.Generator,
         products: int,
@@ -370,9 +367,7 @@ class Sample:
             product, size, generator, max_steps=products, dtype=like.dtype, device=like.device
         )
 
-    def read_interaction(
-        self, hessian: Hessian, direction: Mapping[str, Tensor], method: str
-    ) -> None:
+    def read_interaction(self, hessian: Operator, direction: Mapping[str, Tensor]) -> None:
         """Signed coupling d_i'H_ij d_j of all pairs along a step, and its bounded share."""
         components = self.measurable(hessian)
         coupling = coupling_matrix(hessian, direction, components)
@@ -383,8 +378,8 @@ class Sample:
                     ("coupling", coupling.values),
                     ("coupling_share", coupling.shares),
                 ):
-                    self._estimate(quantity, a, table[i][j], method=method, other=b)
-            self._estimate("block_curvature", a, coupling.values[i][i], method=method)
+                    self._estimate(quantity, a, table[i][j], other=b)
+            self._estimate("block_curvature", a, coupling.values[i][i])
 
     def _estimate(
         self,
@@ -392,9 +387,9 @@ class Sample:
         component: str,
         estimate: Estimate,
         factor: float = 1.0,
-        method: str | None = None,
         other: str | None = None,
     ) -> None:
+        """Adds a number of curvature; its method: where, by which products, which estimator."""
         if not math.isfinite(estimate.value * factor):
             return
 
@@ -406,7 +401,7 @@ class Sample:
             times(estimate.std_error),
             times(estimate.batch_std_error),
             estimate.samples,
-            method or estimate.method,
+            self.place if estimate.method == "exact" else f"{self.place}, {estimate.method}",
             estimate.dtype,
         )
         self.rows.append(Measurement(self.step, quantity, component, scaled, other))

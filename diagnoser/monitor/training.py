@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diagnoser.curvature import Hessian, unreliable_nodes
+from diagnoser.curvature import Operator, ProbeSet
 from diagnoser.errors import MeasurementError
 from diagnoser.monitor.interception import Books, loss_scale, user_place
+from diagnoser.monitor.live import LiveGraphs
 from diagnoser.monitor.quiet import quiet
 from diagnoser.monitor.sample import Sample
 from diagnoser.monitor.schedule import SMALL_STEP_S, Plan, Schedule
@@ -50,7 +51,7 @@ class Monitor:
         schedule: When to measure what.
         models: Root modules by name, or None to find them behind the first loss.
         optimizer: The optimizer, or None to take all that were built.
-        probe: A function that yields losses of fixed probe batches, or None for the live graph.
+        probe: Fixed samples that curvature is measured on, or None for the live graph.
         on_measured: Called after every measurement (findings that appear are printed there).
     """
 
@@ -62,7 +63,7 @@ class Monitor:
         *,
         models: Mapping[str, nn.Module] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        probe: Callable[[], list[Tensor]] | None = None,
+        probe: ProbeSet | None = None,
         on_measured: Callable[[], None] | None = None,
     ) -> None:
         self.log = log
@@ -74,6 +75,7 @@ class Monitor:
         self._models = models
         self._optimizer = optimizer
         self._probe = probe
+        self._live = LiveGraphs()
         self._on_measured = on_measured
         self._failures: dict[str, int] = {}
         self._started: float | None = None
@@ -121,6 +123,7 @@ class Monitor:
 
     def after_backward(self) -> None:
         """See `interception.Listener`."""
+        self._live.forget()
         if self._steps_of and (self._sample is None or not self._plan):
             return
         with self._guard("gradients"):
@@ -243,6 +246,7 @@ class Monitor:
 
     def finish(self, exit_code: int | None) -> None:
         """Ends the log; what was measured of an unfinished sample is kept."""
+        self._live.stop()
         with self._guard("finish"):
             if self._backwards:
                 self._end_step()
@@ -361,39 +365,52 @@ class Monitor:
         wanted = {n: p for n, p in subject.parameters.items() if p.requires_grad}
         with self._trying("curvature"), self._quietly(subject):
             if self._probe is not None:
-                losses, method, scale = self._probe(), "probe", 1.0
-                value = float(torch.stack([part.detach() for part in losses]).mean())
-            else:
-                for node in unreliable_nodes(loss):
-                    raise MeasurementError(f"{node}: has no trustworthy second derivative")
-                scale = loss_scale(loss) / self._last_backwards
-                losses, method = [loss], "live"
-                value = float(self._loss) * self._last_backwards
-                if self._last_backwards > 1:
-                    method = f"live, first of {self._last_backwards} backwards"
-            sites = self._plan.spectrum  # vectors that differ from sample to sample
-            with Hessian(losses, wanted, scale=scale, sites=sites) as hessian:
-                direction = self._direction(sample, hessian)
-                if direction is None:
-                    return
-                sample.read_curvature(hessian, direction, value, method)
-                if self._plan.spectrum or self._plan.interaction:
-                    sample.read_gradient_curvature(hessian, method)
-                if self._plan.spectrum:
-                    if not sample.rules:  # as they stand before the first step
-                        for optimizer in self._optimizers():
-                            sample.rules |= step_rules(optimizer, subject.name_of)
-                    chosen, products = self._chosen(sample, hessian)
-                    sample.read_spectrum(hessian, chosen, self._generator, products)
-                if self._plan.interaction:
-                    sample.read_interaction(hessian, direction, method)
+                rows, generator = list(sample.rows), self._generator.get_state()
 
-    def _direction(self, sample: Sample, hessian: Hessian) -> dict[str, Tensor] | None:
+                def afresh(operator: Operator) -> None:  # it may be called again with less memory
+                    sample.rows, sample.along = list(rows), None
+                    self._generator.set_state(generator)
+                    self._read_curvature(sample, operator, "probe")
+
+                self._probe.measure(afresh, wanted)
+                self._tell(self._probe.notes)
+                return
+            backwards = self._last_backwards
+            place = "live" if backwards == 1 else f"live, first of {backwards} backwards"
+            scale = loss_scale(loss) / backwards
+            sites = self._plan.spectrum  # vectors that differ from sample to sample
+            with self._live.operator(loss, wanted, scale=scale, sites=sites) as operator:
+                self._tell(self._live.notes)
+                self._read_curvature(sample, operator, place)
+
+    def _read_curvature(self, sample: Sample, operator: Operator, place: str) -> None:
+        direction = self._direction(sample, operator)
+        if direction is None:
+            return
+        sample.place = place if operator.method == "exact" else f"{place}, {operator.method}"
+        sample.read_curvature(operator, direction)
+        if self._plan.spectrum or self._plan.interaction:
+            sample.read_gradient_curvature(operator)
+        if self._plan.spectrum:
+            if not sample.rules:  # as they stand before the first step
+                for optimizer in self._optimizers():
+                    sample.rules |= step_rules(optimizer, sample.subject.name_of)
+            chosen, products = self._chosen(sample, operator)
+            sample.read_spectrum(operator, chosen, self._generator, products)
+        if self._plan.interaction:
+            sample.read_interaction(operator, direction)
+
+    def _tell(self, notes: list[str]) -> None:
+        """Logs what is said about how curvature is measured, each once."""
+        for note in notes:
+            self._once(note, f"curvature: {note}", kind="curvature_method")
+
+    def _direction(self, sample: Sample, operator: Operator) -> dict[str, Tensor] | None:
         """The step that is coming; after a step that could not be told in advance, that step."""
         if sample.update:
-            return {n: d for n, d in sample.update.items() if n in hessian.parameters}
+            return {n: d for n, d in sample.update.items() if n in operator.parameters}
         coming: dict[str, Tensor] = {}
-        gradient = {n: g for n, g in hessian.gradient.items() if n in sample.reached}
+        gradient = {n: g for n, g in operator.gradient.items() if n in sample.reached}
         for optimizer in self._optimizers():
             update = coming_update(optimizer, gradient, sample.subject.name_of)
             if update is None:
@@ -402,13 +419,13 @@ class Monitor:
         sample.curved = bool(coming)
         return coming or None
 
-    def _chosen(self, sample: Sample, hessian: Hessian) -> tuple[list[Component], int]:
+    def _chosen(self, sample: Sample, operator: Operator) -> tuple[list[Component], int]:
         """The components whose spectrum is measured, and with how many products at most.
 
         All of them when measuring is forced; else a suspected one, and those whose turn it is, in
         alternation.
         """
-        components = sample.measurable(hessian)
+        components = sample.measurable(operator)
         if self.schedule.every is not None or not components:
             return components, PRODUCTS
         suspected = [
@@ -496,6 +513,7 @@ class Monitor:
                 self._books.note_living_modules()
                 models, free = find_models(self._books.modules, parameters, optimizers)
         self.subject = Subject(models, free)
+        self._live.follow(self.subject.modules)
         self.log.components(self.step, (*self.subject.components, *self.subject.layers), {})
         for optimizer in self._optimizers():
             place = self._books.optimizer_places.get(id(optimizer))
@@ -555,7 +573,7 @@ class Monitor:
             text = f"{what}: {error}" if kind == "unmeasurable" else f"{what}: {error!r}"
             self.log.event(self.step, kind, text, {"failures": count})
 
-    def _once(self, key: str, message: str) -> None:
+    def _once(self, key: str, message: str, kind: str = "unmeasurable") -> None:
         if self._failures.setdefault(f"once:{key}", 0) == 0:
             self._failures[f"once:{key}"] = 1
-            self.log.event(self.step, "unmeasurable", message, {})
+            self.log.event(self.step, kind, message, {})

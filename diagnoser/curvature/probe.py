@@ -1,0 +1,582 @@
+r"""A fixed set of samples to measure on, larger than memory if need be.
+
+The loss of a probe set is the mean over its samples. In chunks of :math:`n_k` of N samples
+
+.. math:: L = \sum_k \frac{n_k}{N} L_k = \frac{1}{K} \sum_k w_k L_k, \qquad w_k = \frac{K n_k}{N}
+
+and the same holds for its Hessian, so the chunks are given the weights :math:`w_k`. The chunks of a
+batch differ by one sample at most, and so the spread between them is that between samples. Of a
+loss that is a mean over something else (tokens that are not padding), ``terms`` counts that
+instead; without it such means are weighted by samples, which is another quantity, and said.
+
+All chunks' graphs are kept if memory allows (one forward each, any number of products), else one at
+a time, built again whenever another is needed. When memory runs out all the same, the work is
+started again with less.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from diagnoser.curvature.finite_difference import TOLERANCE, CentralDifference
+from diagnoser.curvature.hessian import Hessian, NoSecondDerivativeError, out_of_memory
+from diagnoser.curvature.operator import Operator, trained
+from diagnoser.curvature.random_states import RandomStates
+from diagnoser.curvature.replay import compiled_modules, eager_code
+from diagnoser.curvature.self_checks import unreliable_nodes, unverified_nodes
+from diagnoser.errors import MeasurementError
+from diagnoser.types import Part
+
+SHARE_OF_FREE = 0.5  # of the memory that is free now, for graphs
+GRAPH = 3.0  # memory of a loss and its gradient's graph, in what the loss's forward alone keeps
+SAME = 1e-3  # relative difference of two losses that count as the same
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+"""``loss_fn(model, batch)``: the scalar loss of a batch, a mean over its samples."""
+
+Loss = Callable[[], Tensor]
+"""Computes a scalar loss, always on the same samples and random numbers."""
+
+T = TypeVar("T")
+
+
+class ProbeSet:
+    """Measures a model's curvature on fixed batches, whatever their size.
+
+    While it measures, all modules are in evaluation mode, compiled code runs uncompiled, and every
+    evaluation draws the same random numbers; afterwards modes, buffers and random streams are as
+    they were. No ``.grad`` is touched.
+
+    Args:
+        loss_fn: Gives the loss of a model on a batch: a mean over samples.
+        model: The model.
+        batches: The batches. Each is a tensor, or tuples, lists and mappings of tensors, all with
+            the samples along dimension 0 (tensors without dimensions belong to every sample).
+            Where one is something else, batches stay whole and have equal weights.
+        parameters: Name to leaf tensor; the model's trained parameters if left out.
+        terms: How many terms the loss of a batch is the mean of; its number of samples if left out.
+        chunk_size: The most samples of a chunk; whatever fits if left out.
+        sites: Also keep the gradient at every site, where all graphs are kept (`per_sample`).
+        dtype: Measures on a copy of the model and of the batches in this type, such as
+            ``torch.float64``; that is so under autocast, too, which leaves float64 alone.
+        on_note: Told, in a sentence, whenever memory or a missing derivative changes the plan.
+
+    Attributes:
+        notes: All that ``on_note`` was told.
+        chunk_size: The most samples of a chunk at present.
+        streamed: Whether only one chunk's graph is kept at a time.
+
+    Raises:
+        MeasurementError: There is no batch, or one without samples.
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFunction,
+        model: nn.Module,
+        batches: Sequence[Any],
+        *,
+        parameters: Mapping[str, Tensor] | None = None,
+        terms: Callable[[Any], float] | None = None,
+        chunk_size: int | None = None,
+        sites: bool = False,
+        dtype: torch.dtype | None = None,
+        on_note: Callable[[str], None] | None = None,
+    ) -> None:
+        if not batches:
+            raise MeasurementError("a probe set without batches; give at least one")
+        self._whole = not all(divisible(batch) for batch in batches)
+        sizes = [1 if self._whole else samples_of(batch) for batch in batches]
+        self.notes: list[str] = []
+        self.chunk_size = max(sizes) if chunk_size is None else max(chunk_size, 1)
+        self.streamed = False
+        self._loss_fn, self._model, self._batches = loss_fn, model, list(batches)
+        self._dtype = dtype
+        self._parameters = trained(
+            dict(model.named_parameters()) if parameters is None else parameters
+        )
+        self._terms = terms or (_one if self._whole else samples_of)
+        self._sites = sites
+        self._on_note = on_note
+        self._random = RandomStates.now()
+        self._differences = False
+        self._planned = self._compared = self._verified = False
+
+    def measure(
+        self, work: Callable[[Operator], T], parameters: Mapping[str, Tensor] | None = None
+    ) -> T:
+        """Returns ``work(operator)``, by the best method that works here.
+
+        ``work`` may be started several times: with smaller chunks after memory has run out, with
+        central differences where an operation has no second derivative. Random vectors should
+        therefore come from a generator that it makes itself.
+
+        Args:
+            work: Given the operator, whose ``parameters`` have the names given here.
+            parameters: From now on, instead of those of the constructor.
+
+        Raises:
+            MeasurementError: When a single sample needs more memory than there is, or no method
+                gives products.
+        """
+        if parameters is not None:
+            self._parameters = trained(parameters)
+        if self._dtype is not None:
+            try:
+                return self._twin(self._dtype).measure(work)
+            except RuntimeError as error:
+                if out_of_memory(error) or "dtype" not in str(error):
+                    raise
+                raise MeasurementError(
+                    f"in {self._dtype}: {error}; let loss_fn follow the type of the model's "
+                    "parameters"
+                ) from error
+        with self._evaluating():
+            if not self._planned:
+                self._planned = True
+                self._plan()
+            while True:
+                try:
+                    with self._operator() as operator:
+                        return work(operator)
+                except NoSecondDerivativeError as error:
+                    if self._differences:
+                        raise
+                    remedy = functools.partial(self._use_differences, str(error))
+                except Exception as error:
+                    if not out_of_memory(error):
+                        raise
+                    remedy = functools.partial(self._shrink)
+                remedy()  # out here: a handler keeps the failed attempt's tensors alive
+
+    def _twin(self, dtype: torch.dtype) -> ProbeSet:
+        """Returns the same probe set on a copy of the model as it is now, in another type."""
+        twin = copy.copy(self)
+        memo: dict[int, Any] = {}
+        twin._model = copy.deepcopy(self._model, memo)
+        for parameter in self._parameters.values():
+            if id(parameter) not in memo:
+                raise MeasurementError(
+                    f"in {str(dtype).removeprefix('torch.')} only parameters of the model can be "
+                    "measured; leave `dtype` out, or the others"
+                )
+        twin._model.to(dtype)
+        twin._parameters = {name: memo[id(p)] for name, p in self._parameters.items()}
+        twin._batches = [_cast(batch, dtype) for batch in self._batches]
+        twin._dtype = None
+        return twin
+
+    # -- the operator ----------------------------------------------------------------------------
+
+    def _operator(self) -> Operator:
+        chunks = self._chunks()
+        losses = [functools.partial(self._loss, chunk, weight) for chunk, weight in chunks]
+        if len(chunks) > len(self._batches) and not self._compared:
+            self._compared = True
+            self._compare(losses)
+        if self._differences:
+            return CentralDifference(losses, self._parameters)
+        operator: Operator
+        if self.streamed:
+            operator = StreamedHessian(losses, self._parameters, self._trustworthy)
+        else:
+            graphs = [self._trustworthy(loss) for loss in losses]
+            operator = Hessian(graphs, self._parameters, sites=self._sites)
+        if compiled_modules(self._model):
+            operator.method = "eager replay"
+        return operator
+
+    def _chunks(self) -> list[tuple[Any, float]]:
+        """Returns pieces of the batches with their weights, whose mean is one."""
+        pieces = [piece for batch in self._batches for piece in self._split(batch)]
+        terms = [float(self._terms(piece)) for piece in pieces]
+        counted = [(piece, n) for piece, n in zip(pieces, terms, strict=True) if n > 0.0]
+        total = sum(n for _, n in counted)
+        if not total > 0.0:
+            raise MeasurementError("the probe set's loss has no terms; look at `terms`")
+        return [(piece, n * len(counted) / total) for piece, n in counted]
+
+    def _split(self, batch: Any) -> list[Any]:
+        if self._whole:
+            return [batch]
+        return split(batch, math.ceil(samples_of(batch) / self.chunk_size))
+
+    def _loss(self, chunk: Any, weight: float) -> Tensor:
+        with self._random.replayed():
+            loss = self._loss_fn(self._model, chunk)
+        return loss if weight == 1.0 else loss * weight
+
+    def _trustworthy(self, compute: Loss) -> Tensor:
+        """Returns the loss, after a look at whether its second derivative can be trusted."""
+        with torch.enable_grad():
+            loss = compute()
+        for node in unreliable_nodes(loss):
+            raise NoSecondDerivativeError(f"{node} has no trustworthy second derivative")
+        unverified = [] if self._verified else unverified_nodes(loss)
+        if unverified and not self._agrees(loss, compute):
+            raise NoSecondDerivativeError(f"{unverified[0]}: its second derivative is wrong")
+        self._verified = True
+        return loss
+
+    def _agrees(self, loss: Tensor, compute: Loss) -> bool:
+        """Whether a product with a random vector is the central difference of gradients."""
+        generator = torch.Generator().manual_seed(0)
+        v = {
+            name: torch.randn(p.shape, generator=generator).to(p)
+            for name, p in self._parameters.items()
+        }
+        exact = Hessian(loss, self._parameters).product(v)
+        difference = CentralDifference(compute, self._parameters).product(v)
+        wrong = _norm(exact[name] - difference[name] for name in exact)
+        return wrong <= TOLERANCE * _norm(difference.values())
+
+    def _use_differences(self, reason: str) -> None:
+        self._differences = True
+        self._note(f"central differences instead of exact products: {reason.partition(';')[0]}")
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        if self._on_note is not None:
+            self._on_note(text)
+
+    # -- memory ----------------------------------------------------------------------------------
+
+    def _plan(self) -> None:
+        """Chooses chunks that should fit, by what the graph of a single sample keeps."""
+        if self._whole:
+            return
+        free = free_memory(next(iter(self._parameters.values())).device)
+        samples = sum(samples_of(batch) for batch in self._batches)
+        if free is None or samples < 2:
+            return
+        one = split(self._batches[0], samples_of(self._batches[0]))[0]
+        try:
+            needed = GRAPH * kept_bytes(lambda: self._loss(one, 1.0), self._parameters)
+        except Exception:  # the work itself will meet it, in a place where it can be told
+            return
+        room = SHARE_OF_FREE * free
+        if needed * samples <= room:
+            return
+        self.streamed = True
+        self.chunk_size = min(self.chunk_size, max(int(room / needed), 1))
+        self._note(
+            f"the graphs of {samples} samples would take about {needed * samples / 2**30:.2g} GiB "
+            f"of {free / 2**30:.2g} free: at most {self.chunk_size} at a time"
+        )
+
+    def _shrink(self) -> None:
+        """Makes do with less memory: one graph at a time, then half a chunk."""
+        gc.collect()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.empty_cache()
+        sizes = [1 if self._whole else samples_of(chunk) for chunk, _ in self._chunks()]
+        if len(sizes) > 1 and not self.streamed and not self._differences:
+            self.streamed = True
+            piece = "batch" if self._whole else f"chunk of {max(sizes)} samples"
+            self._note(f"out of memory: one {piece} at a time")
+            return
+        if self._whole:
+            raise MeasurementError(
+                "out of memory with a single batch, and batches that are not tensors (or tuples, "
+                "lists and mappings of them) cannot be split; give smaller ones"
+            )
+        if max(sizes) < 2:
+            raise MeasurementError(
+                "out of memory with a single sample; use shorter samples, fewer parameters or a "
+                "device with more memory"
+            )
+        self.streamed = True
+        self.chunk_size = max(sizes) // 2
+        self._note(f"out of memory with {max(sizes)} samples: halved to {self.chunk_size}")
+
+    def _compare(self, losses: Sequence[Loss]) -> None:
+        """Notes it when the chunks' mean loss is not the batches': another quantity is measured."""
+        terms = [float(self._terms(batch)) for batch in self._batches]
+        try:
+            with torch.no_grad():
+                whole = sum(
+                    n * float(self._loss(batch, 1.0))
+                    for batch, n in zip(self._batches, terms, strict=True)
+                ) / sum(terms)
+                chunked = sum(float(loss()) for loss in losses) / len(losses)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self._note("whole batches do not fit: not known whether their loss is the chunks' mean")
+            return
+        if not abs(chunked - whole) <= SAME * max(abs(whole), abs(chunked)):
+            self._note(
+                f"the chunks' mean loss is {chunked:.4g}, that of whole batches {whole:.4g}: the "
+                "samples are coupled, or the loss is a mean over something else (see `terms`)"
+            )
+
+    # -- leaving no trace ------------------------------------------------------------------------
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode; modes, buffers and random streams are put back, also after an error."""
+        modes = [(module, module.training) for module in self._model.modules()]
+        buffers = [(buffer, buffer.detach().clone()) for buffer in self._model.buffers()]
+        random = RandomStates.now()
+        with eager_code():
+            try:
+                for module, _ in modes:
+                    module.training = False
+                yield
+            finally:
+                for module, training in modes:
+                    module.training = training
+                for buffer, saved in buffers:
+                    buffer.data.copy_(saved)  # through .data: a live graph may have saved it
+                random.restore()
+
+
+class StreamedHessian(Operator):
+    """The Hessian of a mean of losses whose graphs do not fit into memory together.
+
+    One gradient graph exists at a time. Products with one chunk (see `chunks`) in a row share it;
+    with all of them, each product builds every graph again, at nearly twice the cost.
+
+    Args:
+        losses: Each computes the scalar loss of one chunk.
+        parameters: Name to leaf tensor.
+        compute: How a loss is computed; by calling it, if left out.
+    """
+
+    def __init__(
+        self,
+        losses: Sequence[Loss],
+        parameters: Mapping[str, Tensor],
+        compute: Callable[[Loss], Tensor] | None = None,
+    ) -> None:
+        if not losses:
+            raise MeasurementError("no loss to differentiate; give at least one")
+        self.parameters = trained(parameters)
+        self._losses = tuple(losses)
+        self._compute = compute or _call
+        self._slot = _Slot()
+        self.dtype = self._open(self._losses[0]).dtype
+
+    @property
+    def chunks(self) -> tuple[StreamedHessian, ...]:
+        """See `Operator`; they share the place for the one graph."""
+        if len(self._losses) == 1:
+            return (self,)
+        return tuple(self._with_losses((loss,)) for loss in self._losses)
+
+    def _with_losses(self, losses: tuple[Loss, ...]) -> StreamedHessian:
+        part = copy.copy(self)
+        part._losses = losses
+        return part
+
+    @property
+    def loss(self) -> float:
+        """See `Operator`; computed anew each time."""
+        with torch.no_grad():
+            return math.fsum(float(loss()) for loss in self._losses) / len(self._losses)
+
+    @property
+    def gradient(self) -> dict[str, Tensor]:
+        """See `Operator`."""
+        return self._mean(lambda hessian: hessian.gradient, list(self.parameters))
+
+    def release(self) -> None:
+        """Drops the graph and the losses; no product can be taken afterwards."""
+        self._slot.release()
+        self._losses = ()
+
+    def _multiply(
+        self, weights: Sequence[tuple[Part, Tensor]], names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        return self._mean(lambda hessian: hessian._multiply(weights, names), names)
+
+    def _mean(
+        self, part: Callable[[Hessian], dict[str, Tensor]], names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        if not self._losses:
+            raise MeasurementError("this operator was released; build a new one")
+        total: dict[str, Tensor] = {}
+        for loss in self._losses:
+            found = part(self._open(loss))
+            total = self._sum([total, found], names, 1.0)
+        return self._sum([total], names, 1.0 / len(self._losses))
+
+    def _open(self, loss: Loss) -> Hessian:
+        slot = self._slot
+        if slot.loss is not loss or slot.hessian is None:
+            slot.release()  # before the next is built: there is room for one
+            slot.hessian, slot.loss = Hessian(self._compute(loss), self.parameters), loss
+        return slot.hessian
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """The one graph that exists."""
+
+    loss: Loss | None = None
+    hessian: Hessian | None = None
+
+    def release(self) -> None:
+        if self.hessian is not None:
+            self.hessian.release()
+        self.loss = self.hessian = None
+
+
+def _call(loss: Loss) -> Tensor:
+    with torch.enable_grad():
+        return loss()
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.hypot(*(float(torch.linalg.vector_norm(t)) for t in tensors))
+
+
+def divisible(batch: Any) -> bool:
+    """Whether a batch can be split: all its tensors have as many samples along dimension 0."""
+    return len({tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim > 0}) == 1
+
+
+def _one(_: Any) -> float:
+    return 1.0
+
+
+def samples_of(batch: Any) -> int:
+    """Returns the number of samples of a batch.
+
+    Raises:
+        MeasurementError: When there is none, or tensors disagree.
+    """
+    sizes = {tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim > 0}
+    if len(sizes) != 1 or 0 in sizes:
+        raise MeasurementError(
+            "a probe batch must hold tensors with the same number of samples along dimension 0, at "
+            f"least one; this {type(batch).__name__} has {sorted(sizes) or 'none'}"
+        )
+    return sizes.pop()
+
+
+def split(batch: Any, pieces: int) -> list[Any]:
+    """Splits a batch along dimension 0 into views of nearly equally many samples.
+
+    Tensors without dimensions and whatever is no tensor go into every piece; mappings become
+    dictionaries.
+
+    >>> import torch
+    >>> split({"x": torch.arange(5), "scale": 2.0}, 2)
+    [{'x': tensor([0, 1, 2]), 'scale': 2.0}, {'x': tensor([3, 4]), 'scale': 2.0}]
+    """
+    samples = samples_of(batch)
+    bounds = [-(-samples * k // pieces) for k in range(pieces + 1)]
+    return [_narrow(batch, start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def _narrow(batch: Any, start: int, stop: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[start:stop] if batch.ndim > 0 else batch
+    if isinstance(batch, Mapping):
+        return {key: _narrow(value, start, stop) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_narrow(value, start, stop) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_narrow(value, start, stop) for value in batch)
+    return batch
+
+
+def _cast(batch: Any, dtype: torch.dtype) -> Any:
+    """Returns a batch with its floating tensors in another type."""
+    if isinstance(batch, Tensor):
+        return batch.to(dtype) if batch.is_floating_point() else batch
+    if isinstance(batch, Mapping):
+        return {key: _cast(value, dtype) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_cast(value, dtype) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_cast(value, dtype) for value in batch)
+    return batch
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _tensors(value)
+
+
+def kept_bytes(compute: Loss, parameters: Mapping[str, Tensor]) -> int:
+    """Returns how many bytes the graph of a loss keeps alive besides the parameters."""
+    own = {p.untyped_storage().data_ptr() for p in parameters.values()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = compute()
+    del loss  # alive until here, so that no address was given out twice
+    return sum(kept.values())
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Returns how many bytes may still be allocated on a device, or None where nobody says."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    if device.type != "cpu":
+        return None
+    known = [
+        free for free in (_available(), _left_in_group(), _left_in_limit()) if free is not None
+    ]
+    return max(min(known), 0) if known else None
+
+
+def _available() -> int | None:
+    """What the system says."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return None
+
+
+def _left_in_group() -> int | None:
+    """What a container may still use, with the file cache that it would give up."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text("ascii"))  # "max": no limit, no number
+        used = int((group / "memory.current").read_text("ascii"))
+        lines = (group / "memory.stat").read_text("ascii").splitlines()
+        cache = next(int(x.split()[1]) for x in lines if x.startswith("inactive_file "))
+    except (OSError, ValueError, StopIteration):
+        return None
+    return limit - used + cache
+
+
+def _left_in_limit() -> int | None:
+    """What ``ulimit -v`` leaves."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
+    except (ImportError, OSError, ValueError):
+        return None
+    return None if limit == resource.RLIM_INFINITY else limit - pages * resource.getpagesize()
