@@ -37,6 +37,8 @@ from diagnoser.curvature.random_states import RandomStates
 from diagnoser.curvature.replay import CompiledCalls, ReplayHessian, compiled_nodes
 from diagnoser.curvature.self_checks import (
     finite_difference_defect,
+    recomputes,
+    repetition_defect,
     symmetry_defect,
     unreliable_nodes,
     unverified_nodes,
@@ -77,6 +79,8 @@ __all__ = [
     "hutchinson_trace",
     "largest_eigenvalues",
     "precondition",
+    "recomputes",
+    "repetition_defect",
     "row_curvature",
     "second_derivative_of_fused_attention",
     "symmetry_defect",

@@ -42,6 +42,20 @@ def symmetry_defect(hessian: Operator, u: Vector, v: Vector) -> float:
     return math.inf if u_norm * Hv_norm == 0.0 else defect / (u_norm * Hv_norm)
 
 
+def repetition_defect(hessian: Operator, v: Vector, product: Vector) -> float:
+    r"""Returns how far a second product with ``v`` is from the first, as a share of its length.
+
+    A recomputation that draws other random numbers shows here at once. 0.0 when both are zero; NaN
+    when they are not finite.
+    """
+    again = hessian.product(v)
+    size = _norm(list(product.values()))
+    change = _norm([again[name] - product[name] for name in product])
+    if change == 0.0:
+        return 0.0
+    return math.inf if size == 0.0 else change / size
+
+
 def finite_difference_defect(
     loss: Callable[[], Tensor],
     parameters: Mapping[str, Tensor],
@@ -134,7 +148,28 @@ def unverified_nodes(loss: Tensor) -> list[str]:
     )
 
 
+def recomputes(loss: Tensor) -> bool:
+    """Whether a backward pass runs code to get at saved tensors, as under checkpointing."""
+    fields: dict[type, list[str]] = {}
+    for node in _nodes(loss):
+        kind = type(node)
+        if kind not in fields:
+            fields[kind] = [name for name in dir(node) if name.startswith("_raw_saved_")]
+        for name in fields[kind]:
+            saved = getattr(node, name)
+            for one in saved if isinstance(saved, tuple) else (saved,):
+                if getattr(one, "unpack_hook", None) is not None:
+                    return True
+    return False
+
+
 def _custom_functions(loss: Tensor) -> Iterator[Any]:
+    for node in _nodes(loss):
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            yield node._forward_cls  # type: ignore[attr-defined]
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
     seen: set[Any] = set()
     waiting: list[Any] = [loss.grad_fn]
     while waiting:
@@ -142,8 +177,7 @@ def _custom_functions(loss: Tensor) -> Iterator[Any]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            yield node._forward_cls  # type: ignore[attr-defined]
+        yield node
         waiting.extend(following for following, _ in node.next_functions)
 
 

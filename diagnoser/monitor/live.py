@@ -17,13 +17,15 @@ from diagnoser.curvature import (
     Hessian,
     ReplayHessian,
     compiled_nodes,
+    recomputes,
+    repetition_defect,
     symmetry_defect,
     unreliable_nodes,
     unverified_nodes,
 )
 from diagnoser.errors import MeasurementError
 
-MOST_DEFECT = 1e-2  # of symmetry; right products have 1e-7 in float32
+MOST_DEFECT = 1e-3  # of symmetry and repetition; right products have 1e-6 in float32
 MOST_DEFECT_LOW = 5e-2  # in bfloat16 and float16
 SIGN = "CheckpointFunction"  # of reentrant checkpoints
 REMEDY = "give loss_fn= and probe= to watch(), which measures by central differences"
@@ -32,9 +34,10 @@ REMEDY = "give loss_fn= and probe= to watch(), which measures by central differe
 class LiveGraphs:
     """Makes operators of live losses.
 
-    The first products on a graph with functions that were not seen before are checked for symmetry:
-    wrong second derivatives, and recomputations that draw other random numbers each time, show
-    there. What symmetry cannot show is noted.
+    The first products on a graph with custom functions, or that computes things again (as under
+    checkpointing), are checked: they must be symmetric and repeat. Wrong second derivatives and
+    recomputations that draw other random numbers each time show there, and what failed once is not
+    tried again, for a check can pass by chance. What symmetry cannot show is noted.
 
     Attributes:
         notes: What is worth knowing about the numbers, each once.
@@ -43,7 +46,8 @@ class LiveGraphs:
     def __init__(self) -> None:
         self.notes: list[str] = []
         self._calls: CompiledCalls | None = None
-        self._checked: set[tuple[str, ...]] = set()
+        self._ready = True
+        self._checked: dict[tuple[str, ...], str] = {}  # to what is wrong, if anything
 
     def follow(self, modules: Iterable[nn.Module]) -> None:
         """Notes calls of compiled modules from now on, in place of those followed before."""
@@ -51,9 +55,11 @@ class LiveGraphs:
         calls = CompiledCalls(modules)
         if calls.modules:
             self._calls = calls.__enter__()
+            self._ready = False
 
     def forget(self) -> None:
         """Lets go of the calls noted so far: their graph is gone."""
+        self._ready = True
         if self._calls is not None:
             self._calls.clear()
 
@@ -63,6 +69,10 @@ class LiveGraphs:
             self._calls.__exit__()
             self._calls.clear()
             self._calls = None
+
+    def ready(self, loss: Tensor) -> bool:
+        """Whether a loss can be measured: not one of compiled calls made before following began."""
+        return self._ready or not compiled_nodes([loss])
 
     def operator(
         self, loss: Tensor, parameters: Mapping[str, Tensor], *, scale: float, sites: bool
@@ -79,46 +89,53 @@ class LiveGraphs:
                     f"use_reentrant=False), or {REMEDY}"
                 )
             raise MeasurementError(f"{node}: its second derivative would be wrong; {REMEDY}")
+        functions = tuple(unverified_nodes(loss))
+        doubtful = bool(functions) or recomputes(loss)
+        if doubtful:
+            self._refuse(functions)
         if compiled_nodes([loss]):
             calls = [] if self._calls is None else self._calls.calls
             hessian: Hessian = ReplayHessian(loss, parameters, calls, scale=scale)
         else:
             hessian = Hessian(loss, parameters, scale=scale, sites=sites)
-        try:
-            self._check(hessian, unverified_nodes(loss))
-        except BaseException:
-            hessian.release()
-            raise
+        if doubtful and functions not in self._checked:
+            try:
+                self._checked[functions] = self._what_is_wrong(hessian, functions)
+                self._refuse(functions)
+            except BaseException:
+                hessian.release()
+                raise
         return hessian
 
-    def _check(self, hessian: Hessian, unverified: list[str]) -> None:
-        functions = tuple(unverified)
-        if functions in self._checked:
-            return
-        generator = torch.Generator().manual_seed(0)
-        u, v = (
-            {
-                name: torch.randn(p.shape, generator=generator).to(p)
-                for name, p in hessian.parameters.items()
-            }
-            for _ in range(2)
-        )
-        defect = symmetry_defect(hessian, u, v)
+    def _refuse(self, functions: tuple[str, ...]) -> None:
+        wrong = self._checked.get(functions)
+        if wrong:
+            raise MeasurementError(f"{wrong}; {REMEDY}")
+
+    def _what_is_wrong(self, hessian: Hessian, functions: tuple[str, ...]) -> str:
         low = torch.finfo(getattr(torch, hessian.dtype)).eps > torch.finfo(torch.float32).eps
-        if not defect <= (MOST_DEFECT_LOW if low else MOST_DEFECT):
-            raise MeasurementError(
-                f"products with the Hessian are not symmetric (by {defect:.2g}): "
-                + (
-                    f"{', '.join(functions)} may have a wrong second derivative; "
-                    if functions
-                    else "something is computed again with other random numbers, as by a "
-                    "checkpoint with preserve_rng_state=False; "
-                )
-                + REMEDY
+        most = MOST_DEFECT_LOW if low else MOST_DEFECT
+        generator = torch.Generator().manual_seed(0)
+        v = {
+            name: torch.randn(p.shape, generator=generator).to(p)
+            for name, p in hessian.parameters.items()
+        }
+        Hv = hessian.product(v)
+        if not repetition_defect(hessian, v, Hv) <= most:
+            return (
+                "something is computed again with other random numbers, or is not finite: products "
+                "with the Hessian do not repeat (look for preserve_rng_state=False in checkpoints)"
             )
-        self._checked.add(functions)
+        # Against Hv, not another random vector: those are all but orthogonal in high dimensions.
+        defect = symmetry_defect(hessian, Hv, v)
+        if not defect <= most:
+            names = ", ".join(functions) or "a function"
+            return (
+                f"{names} has a wrong second derivative: products are not symmetric ({defect:.0%})"
+            )
         if functions:
             self.notes.append(
                 f"{', '.join(functions)}: products with its second derivative are symmetric; that "
                 "they are right shows only where the loss can be computed again (loss_fn=, probe=)"
             )
+        return ""

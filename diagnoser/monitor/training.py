@@ -375,6 +375,8 @@ class Monitor:
                 self._probe.measure(afresh, wanted)
                 self._tell(self._probe.notes)
                 return
+            if not self._live.ready(loss):
+                return
             backwards = self._last_backwards
             place = "live" if backwards == 1 else f"live, first of {backwards} backwards"
             scale = loss_scale(loss) / backwards
