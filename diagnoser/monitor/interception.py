@@ -73,9 +73,16 @@ class References(Generic[T]):
                 yield item
 
 
+def unscaled(loss: Tensor) -> Tensor:
+    """Returns the loss that a gradient scaler has multiplied, or ``loss`` itself."""
+    before: tuple[Tensor, Any] | None = getattr(loss, "_diagnoser_unscaled", None)
+    return loss if before is None else before[0]
+
+
 def loss_scale(loss: Tensor) -> float:
-    """What a gradient scaler has multiplied ``loss`` by."""
-    return float(getattr(loss, "_diagnoser_scale", 1.0))
+    """What a gradient scaler has multiplied ``loss`` by; reads it from its device."""
+    before: tuple[Tensor, Any] | None = getattr(loss, "_diagnoser_unscaled", None)
+    return 1.0 if before is None else float(before[1].get_scale())
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +195,8 @@ class Interception:
         def scale(instance: Any, outputs: Any) -> Any:
             scaled = original(instance, outputs)
             if isinstance(scaled, Tensor) and instance.is_enabled():
-                scaled._diagnoser_scale = float(instance.get_scale())  # type: ignore[attr-defined]
+                # The scale itself is on the device: it is read where it is needed.
+                scaled._diagnoser_unscaled = (outputs, instance)  # type: ignore[attr-defined]
             return scaled
 
         self._replace(scaler, "scale", scale)

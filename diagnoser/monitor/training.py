@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diagnoser.curvature import Operator, ProbeSet
 from diagnoser.errors import MeasurementError
-from diagnoser.monitor.interception import Books, loss_scale, user_place
+from diagnoser.monitor.interception import Books, loss_scale, unscaled, user_place
 from diagnoser.monitor.live import LiveGraphs
 from diagnoser.monitor.quiet import quiet
 from diagnoser.monitor.sample import Sample
@@ -281,16 +281,16 @@ class Monitor:
 
     def _note_loss(self, loss: Tensor) -> None:
         """Adds this backward's loss to the step's; reading it on a device waits for a sample."""
-        scale = loss_scale(loss)
+        loss = unscaled(loss)
         earlier = self._loss
         value: float | Tensor
         if loss.device.type == "cpu":
-            value = loss.item() / scale
+            value = loss.item()
         elif self._backwards > 1 and isinstance(earlier, Tensor):
-            self._loss = torch.add(earlier, loss.detach(), alpha=1 / scale)  # one kernel, not two
+            self._loss = earlier + loss.detach()
             return
         else:
-            value = loss.detach() / scale
+            value = loss.detach().clone()  # it may be written to before it is read
         self._loss = value if self._backwards == 1 else earlier + value
         if isinstance(value, float):
             self._count_right(loss)
