@@ -85,20 +85,21 @@ from benchmarks.curvature_models import SUBJECTS, Subject, distilbert_base, loss
 from benchmarks.curvature_models import tiny_transformer as make_tiny_transformer
 from diagnoser.components import parameters_of, split_components
 from diagnoser.curvature import (
-    Aim,
     Ends,
     Hessian,
+    Question,
     block_eigenvalues,
     block_trace,
     coupling_norms,
     extreme_eigenvalues,
 )
+from diagnoser.curvature.block_trace import FIVE_PERCENT
 from diagnoser.curvature.per_sample import RandomSigns, SampleForms
 from diagnoser.types import Component
 
 RESULTS = Path(__file__).parent / "results" / "curvature_cost.json"
 SIZES = (32, 256)
-CREDIT = Aim().relative_error  # the smallest error a rival has to match, over `Truth.scale`
+CREDIT = FIVE_PERCENT.relative_error  # the smallest error a rival has to match, over `Truth.scale`
 RULE_TOLERANCE = 1e-3  # PyHessian's default
 MOST_PROBES = 100  # PyHessian's default
 WAYS = ("alone", "after_ends")  # of a trace of ours
@@ -241,8 +242,10 @@ def ours_trace(
     component: Component,
     covered: bool,
     generator: torch.Generator,
-    budget: Aim,
     ends: Ends | None = None,
+    *,
+    question: Question = FIVE_PERCENT,
+    max_products: int = 32,
 ) -> Traced:
     """Estimates a component's trace, alone or (as a spectrum turn does) after both its ends."""
     forms = CountingForms(ours.forms) if covered and ours.forms is not None else None
@@ -254,7 +257,8 @@ def ours_trace(
         forms=[forms] if forms is not None else None,  # type: ignore[list-item]
         basis=None if ends is None else ends.basis,
         inside=None if ends is None else ends.inside,
-        aim=budget,
+        question=question,
+        max_products=max_products,
     )
     products = ours.hessian.products - before + (forms.products if forms is not None else 0)
     return Traced(found.value, found.std_error, products, found.method)
@@ -350,8 +354,15 @@ def long_run(ours: Ours, component: Component, covered: bool, products: int) -> 
         max_steps=48,
         tolerance=1e-3,
     )
-    aim = Aim(0.0125, max_products=products)
-    traced = ours_trace(ours, component, covered, generator, aim, ends)
+    traced = ours_trace(
+        ours,
+        component,
+        covered,
+        generator,
+        ends,
+        question=Question.within(0.0125),
+        max_products=products,
+    )
     squares = []
     for _ in range(8):
         z = torch.randint(2, (size,), generator=generator).float() * 2 - 1
@@ -549,7 +560,7 @@ def measure_ours(
     seconds: dict[str, list[float]] = {"alone": [], "ends": [], "after_ends": []}
     for seed in range(effort.seeds):
         generator = torch.Generator().manual_seed(seed)
-        traced, took = timed(ours_trace, ours, component, covered, generator, Aim())
+        traced, took = timed(ours_trace, ours, component, covered, generator)
         alone.append(traced)
         seconds["alone"].append(took)
         ends, took = timed(block_eigenvalues, ours.hessian, component.parts, generator)
@@ -561,7 +572,7 @@ def measure_ours(
         )
         products.append(ends.products)
         seconds["ends"].append(took)
-        traced, took = timed(ours_trace, ours, component, covered, generator, Aim(), ends)
+        traced, took = timed(ours_trace, ours, component, covered, generator, ends)
         after.append(traced)
         seconds["after_ends"].append(took)
     return {
@@ -920,7 +931,7 @@ def memory_of(who: str, name: str, samples: int) -> dict[str, float | None]:
         ours = Ours.of(model, inputs, targets)
         for component in chosen:
             generator = torch.Generator().manual_seed(0)
-            ours_trace(ours, component, ours.covers(component), generator, Aim(max_products=8))
+            ours_trace(ours, component, ours.covers(component), generator, max_products=8)
             block_eigenvalues(ours.hessian, component.parts, generator)
     elif who == "pyhessian":
         for component in chosen:
@@ -978,7 +989,7 @@ def full_measurement(model: nn.Module, inputs: Tensor, targets: Tensor) -> dict[
         covered, check = timed(ours.covers, component)
         found, took = timed(block_eigenvalues, ours.hessian, component.parts, generator)
         ends += took
-        _, took = timed(ours_trace, ours, component, covered, generator, Aim(), found)
+        _, took = timed(ours_trace, ours, component, covered, generator, found)
         traces += check + took
     total = shared + traces + ends
     return {
@@ -1066,7 +1077,7 @@ def measure_base() -> dict[str, Any]:
         covered, check = timed(ours.covers, component)
         found, took = timed(block_eigenvalues, ours.hessian, component.parts, generator)
         ends += took
-        _, took = timed(ours_trace, ours, component, covered, generator, Aim(max_products=8), found)
+        _, took = timed(ours_trace, ours, component, covered, generator, found, max_products=8)
         traces += check + took
     return {
         "parameters": sum(p.numel() for p in model.parameters()),

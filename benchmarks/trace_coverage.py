@@ -32,7 +32,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -44,11 +44,11 @@ from torch.func import functional_call, hessian, vmap
 from torch.nn import functional as F
 
 from benchmarks.intervals import wilson
-from diagnoser.curvature.block_trace import Aim, block_trace
+from diagnoser.curvature.block_trace import block_trace
+from diagnoser.curvature.decision import MULTIPLE, Question, answer
 from diagnoser.curvature.hessian import Block, Hessian
 from diagnoser.curvature.per_sample import SampleForms
 from diagnoser.curvature.sites import Vectors
-from diagnoser.curvature.trace import DECISION
 from diagnoser.types import Estimate, Part
 
 RESULTS = Path(__file__).parent / "results" / "trace_coverage.json"
@@ -264,6 +264,7 @@ class RecordedHessian:
 
     dtype = "float32"
     scale = 1.0
+    relative_error = 0.0
 
     def __init__(self, blocks: Tensor, chunks: int = 1) -> None:
         self.parameters = {"component": torch.zeros(blocks.shape[1])}
@@ -325,7 +326,7 @@ class Setting:
     """One way to call `block_trace`; ``near``: with a threshold near the trace instead of 0."""
 
     name: str
-    aim: Aim
+    aim: tuple[Question, int]  # and the largest number of products
     method: Literal["per_sample", "plain"] | None = None
     forms: bool = True
     basis: bool = False
@@ -334,12 +335,12 @@ class Setting:
 
 
 LANCZOS = 8
-SIGN, VALUE = Aim(threshold=0.0), Aim(relative_error=0.05)
+SIGN, VALUE = (Question("sign"), 32), (Question.within(0.05), 32)
 
 
-def effort(products: int) -> Aim:
+def effort(products: int) -> tuple[Question, int]:
     """Returns the aim that stops at nothing but the number of products."""
-    return Aim(relative_error=0.0, max_products=products)
+    return Question.within(0.0), products
 
 
 SETTINGS = (
@@ -385,9 +386,11 @@ class Tally:
         assert found.std_error is not None
         self.trials += 1
         error = 1.959964 * found.std_error + 1e-5 * norm  # the second: of the arithmetic
-        decided = abs(found.value - threshold) > DECISION * found.std_error
+        question = Question("threshold", threshold=threshold)
+        side = answer(found.value, found.std_error, math.inf, question)
+        decided = side != "undecided"
         clear = abs(own - threshold) > CLEAR * norm
-        self.wrong += decided and (found.value > threshold) != (own > threshold)
+        self.wrong += decided and (side == "above") != (own > threshold)
         self.undecided += not decided
         self.clear += clear
         self.undecided_clear += clear and not decided
@@ -429,6 +432,7 @@ def run_trial(
     setting: Setting, blocks: Tensor, basis: Tensor, generator: torch.Generator, threshold: float
 ) -> tuple[Estimate, Counter[str]]:
     """Runs `block_trace` on a probe set; returns its estimate and what it took."""
+    question, products = setting.aim
     operator = RecordedHessian(blocks, setting.chunks)
     forms = RecordedForms(blocks, operator.taken)
     inside = float(((basis @ operator.mean) * basis).sum())
@@ -439,7 +443,8 @@ def run_trial(
         forms=[cast(SampleForms, forms)] if setting.forms else None,
         basis=basis if setting.basis else None,
         inside=inside if setting.basis else None,
-        aim=replace(setting.aim, threshold=threshold) if setting.near else setting.aim,
+        question=Question("threshold", threshold=threshold) if setting.near else question,
+        max_products=products,
         method=setting.method,
     )
     if setting.chunks > 1:
@@ -612,7 +617,7 @@ def main() -> None:
         "trials": arguments.trials,
         "population": POPULATION,
         "seed": SEED,
-        "decision": DECISION,
+        "decision": MULTIPLE,
         "clear": CLEAR,
         "cpu_seconds": round(time.process_time() - begun, 1),
         "torch": torch.__version__,

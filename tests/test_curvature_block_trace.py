@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from diagnoser.components import split_components
 from diagnoser.curvature import Hessian, block_eigenvalues
-from diagnoser.curvature.block_trace import Aim, block_trace
+from diagnoser.curvature.block_trace import block_trace
+from diagnoser.curvature.decision import Question
 from diagnoser.curvature.per_sample import SampleForms
 from diagnoser.types import Part
 
@@ -50,7 +51,8 @@ def test_repeated_estimates_scatter_as_their_standard_error_says(method: str) ->
                 generator(seed),
                 forms=[forms],
                 method=method,
-                aim=Aim(relative_error=0.0, max_products=12),
+                question=Question.within(0.0),
+                max_products=12,
             )
             for seed in range(120)
         ]
@@ -69,18 +71,18 @@ def test_deflation_by_a_ritz_basis_is_unbiased_and_sharper() -> None:
         values, vectors = torch.linalg.eigh(H)
         top = values.abs().argsort(descending=True)[:24]
         basis, inside = vectors[:, top].T, float(values[top].sum())
-        aim = Aim(relative_error=0.0, max_products=10)
+        effort = {"question": Question.within(0.0), "max_products": 10}
         plain, deflated = (
             torch.tensor(
                 [
-                    block_trace(hessian, BLOCK, generator(s), basis=b, inside=i, aim=aim).value
+                    block_trace(hessian, BLOCK, generator(s), basis=b, inside=i, **effort).value
                     for s in range(80)
                 ]
             )
             for b, i in ((None, None), (basis, inside))
         )
-        one = block_trace(hessian, BLOCK, generator(0), basis=basis, aim=aim)
-        same = block_trace(hessian, BLOCK, generator(0), basis=basis, inside=inside, aim=aim)
+        one = block_trace(hessian, BLOCK, generator(0), basis=basis, **effort)
+        same = block_trace(hessian, BLOCK, generator(0), basis=basis, inside=inside, **effort)
     assert one.value == pytest.approx(same.value)
     assert one.method == "deflated hutchinson"
     exact = float(H.trace())
@@ -95,8 +97,8 @@ def test_the_pilot_chooses_vectors_per_sample_where_they_are_sharper() -> None:
     with Hessian(loss, dict(model.named_parameters()), sites=True) as hessian:
         forms = SampleForms.of(hessian, generator())
         assert forms is not None
-        aim = Aim(relative_error=0.01, max_products=16)
-        found = block_trace(hessian, block, generator(), forms=[forms], aim=aim)
+        effort = {"question": Question.within(0.01), "max_products": 16}
+        found = block_trace(hessian, block, generator(), forms=[forms], **effort)
     assert found.method == "per-sample"
     assert found.samples == 128
     assert found.batch_std_error is not None and found.batch_std_error > 0
@@ -110,8 +112,8 @@ def test_several_chunks_add_their_samples() -> None:
     with Hessian(losses, dict(model.named_parameters()), sites=True) as hessian:
         exact = float(block_of(hessian, BLOCK).trace())
         forms = [SampleForms.of(chunk, generator()) for chunk in hessian.chunks]
-        aim = Aim(relative_error=0.0, max_products=40)
-        found = block_trace(hessian, BLOCK, generator(), forms=forms, aim=aim, method="per_sample")
+        effort = {"question": Question.within(0.0), "max_products": 40}
+        found = block_trace(hessian, BLOCK, generator(), forms=forms, **effort, method="per_sample")
     assert found.samples == 64
     assert abs(found.value - exact) < 4 * found.std_error
 
@@ -120,7 +122,7 @@ def test_a_small_block_is_summed_exactly() -> None:
     model, x, labels = network()
     loss = F.cross_entropy(model(x), labels)
     with Hessian(loss, dict(model.named_parameters()), sites=True) as hessian:
-        found = block_trace(hessian, (Part("4.bias"),), generator(), aim=Aim(max_products=8))
+        found = block_trace(hessian, (Part("4.bias"),), generator(), max_products=8)
         exact = float(block_of(hessian, (Part("4.bias"),)).trace())
     assert found.method == "exact"
     assert found.std_error == 0.0
@@ -140,10 +142,10 @@ def test_a_question_about_the_sign_costs_less_than_an_exact_value() -> None:
             Counting.taken += 1
             return super().block_product(block, v)
 
-    for aim in (Aim(threshold=0.0, max_products=16), Aim(relative_error=1e-6, max_products=16)):
+    for question in (Question("sign"), Question.within(1e-6)):
         with Counting(loss, dict(model.named_parameters())) as hessian:
             Counting.taken = 0
-            block_trace(hessian, component.parts, generator(), aim=aim)
+            block_trace(hessian, component.parts, generator(), question=question, max_products=16)
             counts.append(Counting.taken)
     assert counts[0] < counts[1] == 16
 
@@ -160,9 +162,9 @@ def test_a_lanczos_run_on_the_block_makes_the_trace_sharper_at_no_further_cost()
         top = values[values.abs().argsort(descending=True)]
         for found, eigenvalue in zip(ends.extreme[:2], top, strict=False):
             assert abs(found.value - float(eigenvalue)) <= found.std_error + 1e-9
-        aim = Aim(relative_error=0.0, max_products=8)
+        effort = {"question": Question.within(0.0), "max_products": 8}
         errors = [
-            block_trace(hessian, block, generator(3), aim=aim, **given).std_error
+            block_trace(hessian, block, generator(3), **effort, **given).std_error
             for given in ({}, {"basis": ends.basis, "inside": ends.inside})
         ]
     assert errors[1] < 0.5 * errors[0]

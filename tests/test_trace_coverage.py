@@ -32,7 +32,8 @@ from benchmarks.trace_coverage import (
     trained,
     trials,
 )
-from diagnoser.curvature.block_trace import Aim, block_trace
+from diagnoser.curvature.block_trace import block_trace
+from diagnoser.curvature.decision import Question
 from diagnoser.curvature.hessian import Hessian
 from diagnoser.curvature.per_sample import SampleForms
 from diagnoser.types import Estimate
@@ -49,7 +50,9 @@ def random_blocks(samples: int, size: int) -> Tensor:
     return blocks + blocks.mT + 0.5 * torch.eye(size)
 
 
-def trace_of(blocks: Tensor, aim: Aim, seed: int = 0, *, forms: bool = False) -> Estimate:
+def trace_of(
+    blocks: Tensor, aim: tuple[Question, int], seed: int = 0, *, forms: bool = False
+) -> Estimate:
     operator = RecordedHessian(blocks)
     of_samples = cast(SampleForms, RecordedForms(blocks, operator.taken))
     return block_trace(
@@ -57,7 +60,8 @@ def trace_of(blocks: Tensor, aim: Aim, seed: int = 0, *, forms: bool = False) ->
         BLOCK,
         generator(seed),
         forms=[of_samples] if forms else None,
-        aim=aim,
+        question=aim[0],
+        max_products=aim[1],
     )
 
 
@@ -172,21 +176,21 @@ def test_a_diagonal_block_has_no_error() -> None:
 
 def test_an_exact_trace_knows_the_error_of_the_batch() -> None:
     blocks = random_blocks(64, 6)
-    found = trace_of(blocks, Aim(relative_error=0.0), forms=True)
+    found = trace_of(blocks, (Question.within(0.0), 32), forms=True)
     traces = blocks.diagonal(dim1=1, dim2=2).sum(1)
     assert found.method == "exact"
     assert found.std_error == 0.0
     assert found.value == pytest.approx(float(traces.mean()), rel=1e-5)
     spread = float(traces.std()) / math.sqrt(64)
     assert found.batch_std_error == pytest.approx(spread, rel=0.05)
-    assert trace_of(blocks, Aim(relative_error=0.0)).batch_std_error is None
+    assert trace_of(blocks, (Question.within(0.0), 32)).batch_std_error is None
 
 
 def test_products_on_one_chunk_get_the_error_of_the_batch_from_the_pilot() -> None:
     cancelling = torch.tensor([1.0, -1.0]).repeat(32)[:, None, None] * random_blocks(1, 40)
     own = torch.linspace(-10, 10, 64)
     blocks = cancelling + random_blocks(1, 40) / 40 + own[:, None, None] * torch.eye(40)
-    found = trace_of(blocks, Aim(relative_error=0.02), forms=True)
+    found = trace_of(blocks, (Question.within(0.02), 32), forms=True)
     assert found.method == "hutchinson"
     assert found.batch_std_error == pytest.approx(40 * float(own.std()) / 8, rel=0.2)
 

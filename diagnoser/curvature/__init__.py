@@ -11,8 +11,9 @@ from diagnoser.curvature.along import (
     coupling_matrix,
     row_curvature,
 )
-from diagnoser.curvature.block_trace import Aim, block_trace
+from diagnoser.curvature.block_trace import block_trace
 from diagnoser.curvature.coupling import coupling_norm, coupling_norms
+from diagnoser.curvature.decision import Question, answer, decided
 from diagnoser.curvature.finite_difference import CentralDifference
 from diagnoser.curvature.fused_attention import second_derivative_of_fused_attention
 from diagnoser.curvature.hessian import Hessian, NoSecondDerivativeError
@@ -43,10 +44,8 @@ from diagnoser.curvature.self_checks import (
     unreliable_nodes,
     unverified_nodes,
 )
-from diagnoser.curvature.trace import hutchinson_trace
 
 __all__ = [
-    "Aim",
     "Block",
     "CentralDifference",
     "CompiledCalls",
@@ -57,6 +56,7 @@ __all__ = [
     "NoSecondDerivativeError",
     "Operator",
     "ProbeSet",
+    "Question",
     "RandomSigns",
     "RandomStates",
     "ReplayHessian",
@@ -64,6 +64,7 @@ __all__ = [
     "SampleForms",
     "StreamedHessian",
     "Vector",
+    "answer",
     "batch_error",
     "block_curvature",
     "block_eigenvalues",
@@ -72,11 +73,11 @@ __all__ = [
     "coupling_matrix",
     "coupling_norm",
     "coupling_norms",
+    "decided",
     "extreme_eigenvalues",
     "finite_difference_defect",
     "forms_along",
     "forms_of",
-    "hutchinson_trace",
     "largest_eigenvalues",
     "precondition",
     "recomputes",

@@ -31,15 +31,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from diagnoser.curvature.batches import estimates_over_chunks
+from diagnoser.curvature.decision import Question, decided
 from diagnoser.curvature.operator import Block, Operator
 from diagnoser.curvature.per_sample import Direction, RandomSigns, SampleForms
-from diagnoser.curvature.trace import DECISION, exact_trace, random_signs
 from diagnoser.types import Estimate
 
 _PILOT = 4  # plain products that tell the variance of a vector for all samples
@@ -47,27 +48,7 @@ _LEAST = 6  # plain products before their error is trusted
 _COST = 1.2  # of a product with a vector a sample, in plain products (benchmarks/curvature_cost.py)
 
 
-@dataclass(frozen=True, slots=True)
-class Aim:
-    """When a trace is known well enough.
-
-    Attributes:
-        relative_error: Standard error over the larger of |trace| and the block's Frobenius norm.
-        threshold: Instead: enough that the value is above or below this, beyond doubt.
-        max_products: The largest number of products a chunk, the pilot included.
-    """
-
-    relative_error: float = 0.05
-    threshold: float | None = None
-    max_products: int = 32
-
-    def met(self, value: float, error: float, norm: float) -> bool:
-        """Whether a value with this standard error answers the question."""
-        if not math.isfinite(error):
-            return False
-        if self.threshold is not None:
-            return abs(value - self.threshold) > DECISION * error
-        return error <= self.relative_error * max(abs(value), norm)
+FIVE_PERCENT = Question.within(0.05)
 
 
 def block_trace(
@@ -78,10 +59,15 @@ def block_trace(
     forms: Sequence[SampleForms] | None = None,
     basis: Tensor | None = None,
     inside: float | None = None,
-    aim: Aim | None = None,
+    question: Question = FIVE_PERCENT,
+    max_products: int = 32,
     method: Literal["per_sample", "plain"] | None = None,
 ) -> Estimate:
     """Returns the trace of a diagonal block, by the estimator that the pilot favours.
+
+    It stops when the question is decided (`decision.decided`) or products are used up; which of the
+    two, `decision.answer` tells from the value and its ``std_error``, with infinitely many degrees
+    of freedom since that is widened already.
 
     Args:
         hessian: The operator.
@@ -91,20 +77,22 @@ def block_trace(
         basis: (k, size) orthonormal rows, such as the Ritz basis of a Lanczos run on the block.
         inside: The trace on the basis, if it is known (the sum of its Ritz values); else it is
             measured by a product a row, as with several chunks.
-        aim: When to stop; ``Aim()`` if left out.
+        question: When to stop. A relative error is one of the larger of |trace| and the block's
+            Frobenius norm (or the question's floor, if that is larger).
+        max_products: The largest number of products a chunk, the pilot included; a block of no more
+            elements is summed exactly, by unit vectors.
         method: Forces an estimator instead of choosing.
     """
-    aim = aim or Aim()
     size = hessian.size(block)
     samples = None
     if forms and method != "plain":
         samples = _PerSample(hessian, block, generator, forms)
-        if size > min(_PILOT, aim.max_products):  # else exact, for less
+        if size > min(_PILOT, max_products):  # else exact, for less
             samples.add(2)
-            if aim.met(samples.value, samples.error, 0.0):
+            if _met(question, samples.value, samples.error, 0.0):
                 return samples.estimate()
     spent = samples.rounds if samples else 0
-    if size <= aim.max_products - spent:
+    if size <= max_products - spent:
         return samples.exact(size) if samples else exact_trace(hessian, block, size)
     plain = _Plain(hessian, block, generator, basis, inside)
     if samples is not None:
@@ -112,17 +100,44 @@ def block_trace(
             plain.add(_PILOT)
         if method == "per_sample" or samples.variance * _COST <= plain.variance:
             while (
-                not aim.met(samples.value, samples.error, plain.norm)
-                and samples.rounds + plain.count < aim.max_products
+                not _met(question, samples.value, samples.error, plain.norm)
+                and samples.rounds + plain.count < max_products
             ):
                 samples.add(1)
             return samples.estimate()
-    plain.add(max(min(_LEAST, aim.max_products - spent) - plain.count, 0))
+    plain.add(max(min(_LEAST, max_products - spent) - plain.count, 0))
     while (
-        not aim.met(plain.value, plain.error, plain.norm) and plain.count + spent < aim.max_products
+        not _met(question, plain.value, plain.error, plain.norm)
+        and plain.count + spent < max_products
     ):
         plain.add(1)
     return plain.estimate(samples)
+
+
+def _met(question: Question, value: float, error: float, norm: float) -> bool:
+    if question.relative_error is not None:
+        question = replace(question, floor=max(question.floor or 0.0, norm))
+    return decided(value, error, math.inf, question)
+
+
+def exact_trace(hessian: Operator, block: Block, size: int) -> Estimate:
+    """Returns the trace of a block of ``size`` elements from as many products with unit vectors."""
+    like = hessian.like(block)
+    diagonals: list[Tensor] = []
+    for k in range(size):
+        unit = torch.zeros(size, dtype=like.dtype, device=like.device)
+        unit[k] = 1.0
+        rows = [chunk.block_product(block, unit)[k] for chunk in hessian.chunks]
+        diagonals.append(torch.stack(rows).to(torch.float64))
+    table = torch.stack(diagonals).sum(0).unsqueeze(1)
+    error = hessian.relative_error * float(table.abs().mean())
+    return estimates_over_chunks(table, std_errors=[error], samples=size, dtype=hessian.dtype)[0]
+
+
+def random_signs(size: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    """Returns ``size`` independent random signs, of ``like``'s type and device."""
+    bits = torch.randint(0, 2, (size,), generator=generator, device=generator.device)
+    return (2 * bits - 1).to(like)
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,7 +383,8 @@ class _Plain:
 
     @property
     def error(self) -> float:
-        return math.sqrt(self.probes.widened)
+        systematic = self._hessian.relative_error * abs(self.value)
+        return math.hypot(math.sqrt(self.probes.widened), systematic)
 
     @property
     def batch(self) -> _Variance | None:

@@ -51,6 +51,11 @@ class Question:
     relative_error: float | None = None
     floor: float | None = None
 
+    @classmethod
+    def within(cls, relative_error: float, *, floor: float | None = None) -> Question:
+        """Returns the question of what a value is, to that share of itself."""
+        return cls("relative_error", relative_error=relative_error, floor=floor)
+
     def __post_init__(self) -> None:
         if self.kind not in ("sign", "threshold", "relative_error"):
             raise MeasurementError(

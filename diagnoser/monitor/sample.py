@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diagnoser.curvature import (
-    Aim,
     Ends,
     Hessian,
     Operator,
@@ -329,7 +328,7 @@ class Sample:
                 forms=own,
                 basis=ends.basis,
                 inside=ends.inside,
-                aim=Aim(max_products=products),
+                max_products=products,
             )
             self._estimate("trace", name, trace)
             rules = [self.rules.get(part.parameter) for part in block]
