@@ -55,7 +55,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
 import gc
 import importlib.metadata
 import json
@@ -83,6 +82,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.curvature_models import SUBJECTS, Subject, distilbert_base, loss_of
 from benchmarks.curvature_models import tiny_transformer as make_tiny_transformer
+from benchmarks.memory import forget_peak, resident_mb
 from diagnoser.components import parameters_of, split_components
 from diagnoser.curvature import (
     Ends,
@@ -888,28 +888,6 @@ def measure_coupling(
 
 
 # --- memory, in processes of their own -----------------------------------------------------------
-
-
-def resident_mb(peak: bool) -> float | None:
-    """Returns the resident memory of this process, now or at most since `forget_peak`."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    wanted = "VmHWM" if peak else "VmRSS"
-    for line in status.read_text(encoding="ascii").splitlines():
-        if line.startswith(wanted):
-            return int(line.split()[1]) / 1024
-    return None
-
-
-def forget_peak() -> None:
-    """Gives freed memory back and makes the peak of this process what it has now (Linux)."""
-    gc.collect()
-    if platform.system() == "Linux":
-        ctypes.CDLL(None).malloc_trim(0)
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5", encoding="ascii")
 
 
 def memory_of(who: str, name: str, samples: int) -> dict[str, float | None]:

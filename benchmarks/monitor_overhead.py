@@ -7,9 +7,12 @@ parameter's gradient at each step (as loggers keep them: 64 bins, by torch and b
 factors that Cockpit's authors publish for its curvature quantities at every step.
 
 Two equal trainings run in lockstep (see `overhead`); a ratio is that of their CPU times, in one
-process on one thread, and the control has neither watched. Run it with ``python -m
-benchmarks.monitor_overhead``; the figures are ``benchmarks/results/monitor_overhead.json``.
-``--quick`` shows in a minute that it works; its figures mean nothing.
+process on one thread, and the control has neither watched. **Memory** is the peak of a process that
+trains, above what it had before model and data were made, watched over unwatched.
+
+Run it with ``python -m benchmarks.monitor_overhead``; the figures are
+``benchmarks/results/monitor_overhead.json``. ``--quick`` shows in a minute that it works; its
+figures mean nothing.
 """
 
 from __future__ import annotations
@@ -17,11 +20,15 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,15 +37,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.memory import forget_peak, resident_mb
 from benchmarks.overhead import (
     Lockstep,
     Loop,
     han,
     lockstep,
     microseconds_unguaranteed,
+    seconds,
+    tiny,
     transformer,
 )
 from diagnoser.monitor import Plan, Schedule
+from diagnoser.session import watch
 from diagnoser.vocabulary import MODEL
 
 RESULTS = Path(__file__).parent / "results" / "monitor_overhead.json"
@@ -52,6 +63,7 @@ TARGETS = {
     "ratio of the always-on tier, steps of 30 ms and more": 1.03,
     "us a step besides the guaranteed measurements, steps under 30 ms": 150.0,
     "curvature measurements in 200 steps": 8,
+    "peak memory, watched over plain": 2.5,
 }
 SMALL_STEP_MS = 30.0
 PUBLISHED = {
@@ -254,14 +266,51 @@ def measure(make: Callable[[], Loop], repeats: int) -> dict[str, Any]:
     }
 
 
+def memory_of(name: str, steps: int, watched: bool) -> float | None:
+    """Trains and returns its peak of memory in megabytes; meant for a fresh process."""
+    import transformers  # noqa: F401 - some models need it: code is no part of a training's memory
+
+    forget_peak()
+    start = resident_mb(peak=False)
+    loop = (LOOPS | {"tiny": tiny})[name]()
+    with tempfile.TemporaryDirectory() as out:
+        scope = watch(out=Path(out) / "run", verbose=False) if watched else nullcontext()
+        with scope:
+            for _ in range(steps):
+                seconds(loop, next(loop.batches))
+    peak = resident_mb(peak=True)
+    return None if peak is None or start is None else peak - start
+
+
+def measure_memory(name: str, steps: int) -> dict[str, Any]:
+    """Returns the peaks of memory of a plain and of a watched training, and their ratio."""
+    found: dict[str, Any] = {"steps": steps}
+    for who in ("plain", "watched"):
+        command = [sys.executable, "-m", "benchmarks.monitor_overhead", name]
+        done = subprocess.run(
+            [*command, "--memory", who, str(steps)],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=True,
+        )
+        found[f"{who}_mb"] = json.loads(done.stdout.splitlines()[-1])
+    if found["plain_mb"] and found["watched_mb"] is not None:
+        found["ratio"] = round(found["watched_mb"] / found["plain_mb"], 3)
+    return found
+
+
 def misses(models: dict[str, Any]) -> list[str]:
     """Returns the targets that are missed, each with its figure."""
-    default_limit, always_limit, us_limit, measurements = TARGETS.values()
+    default_limit, always_limit, us_limit, measurements, memory_limit = TARGETS.values()
     found = []
     for name, row in models.items():
         default, always = row["tiers"]["default"], row["tiers"]["always on"]
         checks = [("curvature measurements", -default["curvature_measurements_in_200_steps"],
                    -measurements)]  # fmt: skip
+        if "ratio" in row["memory"]:
+            checks.append(("peak memory", row["memory"]["ratio"], memory_limit))
         if row["plain_ms_a_step"] >= SMALL_STEP_MS:
             checks += [
                 ("default budget, ratio", default["ratio_median"], default_limit),
@@ -292,6 +341,8 @@ def table(models: dict[str, Any]) -> str:
         for what in next(iter(models.values()))[group]:
             cells = (f"{models[name][group][what]['ratio_median']:.3f}" for name in names)
             lines.append(f"| {what} | " + " | ".join(cells) + " |")
+    cells = (f"{models[name]['memory'].get('ratio', math.nan):.2f}" for name in names)
+    lines.append("| peak memory | " + " | ".join(cells) + " |")
     for quantity, factor in PUBLISHED["training time, every step"].items():
         lines.append(f"| Cockpit, {quantity}, published | " + f"{factor} | " * len(names))
     return "\n".join(line.rstrip() for line in lines)
@@ -319,12 +370,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("models", nargs="*", metavar="model", help=", ".join(LOOPS))
     parser.add_argument("--quick", action="store_true", help="few steps, once; prints only")
     parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument(
+        "--memory", nargs=2, metavar="WHO STEPS", help="for its own child processes"
+    )
     parser.add_argument("--out", type=Path, help=f"default: {RESULTS.name}")
     given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if given.memory:
+        who, steps = given.memory
+        print(json.dumps(memory_of(given.models[0], int(steps), who == "watched")))
+        return
     for name in given.models:
         if name not in LOOPS:
             parser.error(f"{name}: no such model; there are {', '.join(LOOPS)}")
-    torch.set_num_threads(1)
     out = given.out or (None if given.quick else RESULTS)
     known = json.loads(out.read_text(encoding="utf-8")) if out and out.exists() else {}
     models: dict[str, Any] = known.get("models", {})
@@ -334,6 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             models[name] = measure(lambda make=make: replace(make(), steps=QUICK_STEPS), 1)
         else:
             models[name] = measure(make, given.repeats)
+        models[name]["memory"] = measure_memory(name, QUICK_STEPS if given.quick else FIRST_STEPS)
         found = {**machine(), "targets": TARGETS, "published": PUBLISHED, "models": models}
         if not given.quick:
             found["missed"] = misses(models)

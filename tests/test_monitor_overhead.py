@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ def test_the_distilbert_is_of_the_size_that_is_said() -> None:
     assert F.cross_entropy(loop.model(tokens), labels).isfinite()
 
 
-def figures(plain_ms: float, default: float, always: float, us: float, count: int) -> Any:
+def figures(
+    plain_ms: float, default: float, always: float, us: float, count: int, memory: float = 2.5
+) -> Any:
     def tier(ratio: float) -> dict[str, Any]:
         return {
             "ratio_median": ratio,
@@ -95,6 +98,7 @@ def figures(plain_ms: float, default: float, always: float, us: float, count: in
     return {
         "plain_ms_a_step": plain_ms,
         "tiers": {"always on": tier(always), "default": tier(default)},
+        "memory": {"ratio": memory},
         "others": {"control": {"ratio_median": 1.0}},
     }
 
@@ -102,11 +106,12 @@ def figures(plain_ms: float, default: float, always: float, us: float, count: in
 def test_misses_names_the_targets_that_are_missed() -> None:
     assert misses({"a": figures(40.0, 1.125, 1.03, 900.0, 8)}) == []
     assert misses({"a": figures(8.0, 1.5, 1.1, 150.0, 9)}) == []
-    large, small = figures(40.0, 1.2, 1.04, 0.0, 7), figures(8.0, 1.0, 1.0, 180.0, 8)
+    large, small = figures(40.0, 1.2, 1.04, 0.0, 7), figures(8.0, 1.0, 1.0, 180.0, 8, 2.6)
     assert misses({"a": large, "b": small}) == [
         "a: curvature measurements is 7, not 8",
         "a: default budget, ratio is 1.2, not 1.125",
         "a: always on, ratio is 1.04, not 1.03",
+        "b: peak memory is 2.6, not 2.5",
         "b: us a step besides the guaranteed is 180, not 150",
     ]
     nothing_known = figures(40.0, float("nan"), 1.0, 0.0, 8)
@@ -124,6 +129,8 @@ def test_the_quick_form_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     found = json.loads(out.read_text())
     row = found["models"]["tiny"]
     assert set(row["tiers"]) == set(TIERS)
+    if sys.platform == "linux":
+        assert 0 < row["memory"]["plain_mb"] < row["memory"]["watched_mb"]
     assert row["tiers"]["always on"]["samples"] == 0
     assert row["tiers"]["statistics"]["curvature_measurements_in_200_steps"] == 0
     assert row["tiers"]["default"]["curvature_measurements_in_200_steps"] == 4  # 0, 5, 10 and 20
