@@ -20,6 +20,7 @@ from diagnoser.curvature.per_sample import (
     forms_of,
     signs,
 )
+from diagnoser.curvature.sites import _Code, sample_rows
 from diagnoser.types import Part
 from tests.curvature_subjects import (
     TinyHAN,
@@ -111,8 +112,7 @@ def test_a_form_along_a_direction_is_that_of_the_dense_block(kind: str) -> None:
             exact = flat(v)[at] @ H[at][:, at] @ flat(v)[at]
             found = forms.forms(component.parts, Direction(component.parts, v)).sum()
             torch.testing.assert_close(found, exact, rtol=1e-9, atol=1e-12)
-    # A (T, 1, C) table of positions is not broadcast along leading dimensions only.
-    assert covered == len(split_components({"": model})) - (kind == "time first")
+    assert covered == len(split_components({"": model}))
 
 
 @pytest.mark.parametrize("kind", ["fused attention", "packed gru", "images"])
@@ -345,3 +345,124 @@ def test_signs_that_do_not_fit_into_memory_together_are_drawn_again_the_same(
             assert forms is not None
             found.append(forms.forms(block, RandomSigns(hessian, block, generator(8))).sum())
     assert all(value.isfinite() for value in found)
+
+
+class Positions(nn.Module):
+    """A table of positions that all samples share, looked up once and broadcast in several ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.embedding = nn.Embedding(7, 4)
+        self.position = nn.Embedding(5, 4)
+        self.table = nn.Parameter(torch.randn(1, 4, 4))
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.table
+        places = torch.tensor([0, 3, 3, 1])  # one of them twice, two of them never
+        if self.way == "time first":
+            x = x.transpose(0, 1) + self.position(places).unsqueeze(1)
+            x = x.transpose(0, 1)
+        elif self.way == "expanded":
+            x = x + self.position(places).unsqueeze(0).expand(len(tokens), -1, -1)
+        elif self.way == "used twice":
+            looked_up = self.position(places)
+            x = torch.tanh(x + looked_up) * looked_up
+        else:
+            x = x + self.position(places if self.way == "rows" else places[None])
+        return self.head(torch.tanh(self.norm(x)).mean(1))
+
+
+@pytest.mark.parametrize("way", ["rows", "batch of one", "time first", "expanded"])
+def test_a_table_of_positions_has_the_forms_of_every_sample(way: str) -> None:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = Positions(way).double()
+    parameters = dict(model.named_parameters())
+    H = dense(loss_on(model), parameters)
+    v = random_vector(parameters, 3)
+    tokens, labels = batch(0, 6)
+    for name in ("position.weight", "table"):
+        block = (Part(name),)
+        at = positions(block, parameters)
+        with Hessian(loss_on(model), parameters, sites=True) as hessian:
+            forms = SampleForms.of(hessian, generator())
+            assert forms is not None
+            assert forms.covers(block, generator())
+            found = forms.forms(block, Direction(block, v))
+            draws = generator(5)
+            rounds = torch.stack(
+                [forms.forms(block, RandomSigns(hessian, block, draws)).sum() for _ in range(300)]
+            )
+        torch.testing.assert_close(found.sum(), flat(v)[at] @ H[at][:, at] @ flat(v)[at])
+        error = float(rounds.std()) / math.sqrt(300)
+        assert abs(float(rounds.mean() - H[at][:, at].trace())) < 4.5 * error
+        for n in range(6):
+            alone = F.cross_entropy(model(tokens[n : n + 1]), labels[n : n + 1]) / 6
+            with Hessian(alone, parameters) as hessian:
+                vector = hessian.flatten(block, v)
+                exact = vector @ hessian.block_product(block, vector)
+            torch.testing.assert_close(found[n], exact, rtol=1e-8, atol=1e-12)
+
+
+def test_a_table_of_positions_that_is_used_in_two_ways_is_not_covered() -> None:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        model = Positions("used twice").double()
+    with Hessian(loss_on(model), dict(model.named_parameters()), sites=True) as hessian:
+        forms = SampleForms.of(hessian, generator())
+        assert forms is not None
+        assert not forms.covers((Part("position.weight"),), generator())
+
+
+@pytest.mark.parametrize("size", [256, 300])
+def test_small_differences_behind_a_softmax_are_recognised_in_float32(size: int) -> None:
+    model = build(TinyHAN, torch.float32, packed=True)
+    # Nearly equal states: gradients of scores are what is left of large numbers that cancel.
+    model.projection.weight.data.mul_(1e-3)  # type: ignore[operator, union-attr]
+    model.gru.weight_ih_l0.data.mul_(1e-3)  # type: ignore[operator, union-attr]
+    model.gru.weight_ih_l0_reverse.data.mul_(1e-3)  # type: ignore[operator, union-attr]
+    parameters = dict(model.named_parameters())
+    with Hessian(loss_on(model, size), parameters, sites=True) as hessian:
+        found = sample_rows(hessian.graphs[0].sites, hessian.graphs[0].at_sites, size, generator())
+        assert found is not None
+        sites = hessian.graphs[0].sites
+    for site, rows in zip(sites, found[1], strict=True):
+        assert rows is not None, site.names
+        if site.names[0].startswith(("projection", "context")):
+            expected = torch.arange(size).repeat_interleave(4)
+            known = rows.labels >= 0
+            assert torch.equal(rows.labels[known], expected[known])
+            assert int(known.sum()) >= 4 * size - 2 * int((batch(0, size)[0] == 0).sum())
+
+
+@pytest.mark.parametrize("exponents", [8, 128])
+@pytest.mark.parametrize("samples", [2, 31, 32, 256, 257, 1000])
+def test_numbers_of_samples_are_read_exactly_and_mixtures_noticed(
+    samples: int, exponents: int
+) -> None:
+    code = _Code.of(samples, exponents, generator(1))
+    bound = 2.0 ** (exponents // 2)
+    assert bool((code.factors.abs() <= bound).all())
+    assert bool((code.factors.abs() >= 1 / bound).all())
+    once = torch.randn(2, samples, generator=generator(2)) * torch.logspace(-9, 0, samples)
+    again = [once * factor.float() for factor in code.factors]
+    own, fits, _ = code.read(once.double(), [each.double() for each in again])
+    assert bool(fits.all())
+    assert torch.equal(own, torch.arange(samples))
+    other = torch.randn(2, samples, generator=generator(3)).double() * 0.05 * once.norm(dim=0)
+    mixed = [a + other * factor.roll(1) for a, factor in zip(again, code.factors, strict=True)]
+    _, fits, _ = code.read(once + other, mixed)
+    assert not bool(fits.any())
+
+
+def test_what_is_not_finite_belongs_to_no_sample() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    model[2].weight.data[0, 0] = math.inf
+    loss = F.cross_entropy(model(torch.randn(6, 3)), torch.randint(0, 3, (6,)))
+    with Hessian(loss, dict(model.named_parameters()), sites=True) as hessian:
+        forms = SampleForms.of(hessian, generator())
+        assert forms is None or not forms.covers((Part("0.weight"),), generator())

@@ -12,7 +12,9 @@ a view of the parameter) stands on its node in the graph, and its output is name
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,25 +29,38 @@ GROUP_ELEMENTS = 1 << 24  # of the vectors of a group of samples that exist at t
 Node = Any  # torch.autograd.graph.Node; its saved tensors are attributes by operation
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Rows:
     """Which rows of a site's output belong to which sample.
 
+    The tables are made when they are first needed: a vector for all samples needs none.
+
     Attributes:
         labels: (rows,) the sample of each row; -1: of none, the loss does not depend on it.
-        index: (samples, most) the rows of each sample, padded with the number of rows.
-        place: (rows,) where a row stands in ``index`` flattened; its length for rows of none.
-        plain: Rows are sorted by sample, equally many each.
+        samples: How many there are.
     """
 
     labels: Tensor
-    index: Tensor
-    place: Tensor
-    plain: bool
+    samples: int
 
-    @classmethod
-    def of(cls, labels: Tensor, samples: int) -> Rows:
-        """Builds the tables from labels."""
+    @property
+    def index(self) -> Tensor:
+        """(samples, most) the rows of each sample, padded with the number of rows."""
+        return self._tables[0]
+
+    @property
+    def place(self) -> Tensor:
+        """(rows,) where a row stands in ``index`` flattened; its length for rows of none."""
+        return self._tables[1]
+
+    @property
+    def plain(self) -> bool:
+        """Rows are sorted by sample, equally many each."""
+        return self._tables[2]
+
+    @functools.cached_property
+    def _tables(self) -> tuple[Tensor, Tensor, bool]:
+        labels, samples = self.labels, self.samples
         rows = labels.numel()
         known = (labels >= 0).nonzero().squeeze(1)
         order = known[torch.argsort(labels[known], stable=True)]
@@ -58,7 +73,7 @@ class Rows:
         place = torch.full((rows,), samples * most, device=labels.device)
         place[order] = labels[order] * most + within
         plain = samples * most == rows and bool((place == torch.arange(rows).to(place)).all())
-        return cls(labels, index, place, plain)
+        return index, place, plain
 
     def gather(self, values: Tensor, start: int, stop: int) -> Tensor:
         """Returns the rows (rows, ...) of some samples as (samples, most, ...), padded by zero."""
@@ -113,6 +128,8 @@ class Site:
         row_size: Elements of its output that are one row: all that one set of weights makes at
             once, so that a convolution's row is an image.
         table: It looks rows of a table up, instead of using all of a parameter.
+        instead_of: The lookup that it stands for, and the views between; none of these is used
+            elsewhere.
     """
 
     edge: GradientEdge
@@ -120,6 +137,7 @@ class Site:
     change: Change
     row_size: int
     table: bool = False
+    instead_of: tuple[Node, ...] = ()
 
     def rows(self, gradient: Tensor) -> int:
         """Returns how many rows the site has, of the gradient of its output."""
@@ -139,15 +157,27 @@ def find_sites(loss: Tensor, parameters: Mapping[str, Tensor]) -> list[Site]:
     """
     names = {id(p): n for n, p in parameters.items()}
     found: list[Site] = []
-    for node in _nodes(loss.grad_fn):
+    nodes = _nodes(loss.grad_fn)
+    for node in nodes:
         maker = _MAKERS.get(node.name())
         site = None if maker is None else maker(node, _leaves(node, names), parameters)
         if site is not None:
             found.append(site)
+    found = _without_replaced(found, nodes)
     if not found:
         return []
     passed_by = set(_nodes(loss.grad_fn, without=found[0].edge.node))
     return [] if any(site.edge.node in passed_by for site in found[1:]) else found
+
+
+def _without_replaced(sites: list[Site], nodes: Sequence[Node]) -> list[Site]:
+    """Drops lookups that another site stands for; or that one, if they are used elsewhere, too."""
+    if not any(site.instead_of for site in sites):
+        return sites
+    uses = Counter(following for node in nodes for following, _ in node.next_functions)
+    kept = [site for site in sites if all(uses[node] == 1 for node in site.instead_of)]
+    replaced = {node for site in kept for node in site.instead_of}
+    return [site for site in kept if site.edge.node not in replaced]
 
 
 def _nodes(start: Node, without: Node = None) -> list[Node]:
@@ -260,28 +290,80 @@ def _view_of(
 
 def _groups(rows: Rows, parameter: Tensor) -> list[tuple[int, int]]:
     """Returns ranges of samples whose vectors of a parameter fit into memory together."""
-    samples = rows.index.shape[0]
+    samples = rows.samples
     step = max(1, min(samples, GROUP_ELEMENTS // max(parameter.numel(), 1)))
     return [(i, min(i + step, samples)) for i in range(0, samples, step)]
 
 
-def _spread(vectors: Vectors, name: str, rows: Rows, parameters: Parameters) -> Tensor:
-    """Returns a parameter's vector at each row: (rows, *shape), or (1, *shape) when shared."""
+def _spread(
+    vectors: Vectors,
+    name: str,
+    rows: Rows,
+    parameters: Parameters,
+    event: tuple[int, ...] | None = None,
+    places: Tensor | None = None,
+) -> Tensor:
+    """Returns a parameter's vector at each row: (rows, *event), or (1, *event) when shared.
+
+    Args:
+        vectors: Of the parameters.
+        name: The parameter.
+        rows: Whose the rows are.
+        parameters: All of them.
+        event: Shape of a row; the parameter's own if left out.
+        places: (rows,) which part of that shape a row gets; None: there is only one.
+    """
+    event = tuple(parameters[name].shape) if event is None else event
     if vectors.shared:
-        return vectors.batch(name, 0, 1)
+        one = vectors.batch(name, 0, 1)[0].reshape(-1, *event)
+        return one if places is None else one[places.to(one.device)]
     groups = _groups(rows, parameters[name])
     whole = torch.cat([vectors.batch(name, i, j) for i, j in groups])
-    return torch.cat([whole, whole.new_zeros(1, *whole.shape[1:])])[rows.labels]
+    parts = whole.reshape(whole.shape[0], -1, *event)
+    padded = torch.cat([parts, parts.new_zeros(1, *parts.shape[1:])])
+    if places is None:
+        return padded.squeeze(1)[rows.labels]
+    return padded[rows.labels, places.to(padded.device)]
 
 
 def _add(node: Node, leaves: Leaves, parameters: Parameters) -> Site | None:
-    """``x + b``: an added bias or a table of positions, broadcast along leading dimensions."""
+    """``x + b``: an added bias, or a table of positions that all samples share."""
     if getattr(node, "_saved_alpha", 1) != 1:
         return None
     named = [name for name, way in leaves if name is not None and not way]
-    if len(named) != 1:
-        return None
-    return _elementwise(node, named[0], None, parameters)
+    if not named:
+        return _added_lookup(node, parameters)
+    return _elementwise(node, named[0], None, parameters) if len(named) == 1 else None
+
+
+_IN_ORDER = ("ViewBackward0", "UnsqueezeBackward0", "ReshapeAliasBackward0", "ExpandBackward0")
+
+
+def _added_lookup(node: Node, parameters: Parameters) -> Site | None:
+    """``x + table[positions]``, looked up once and broadcast: only the sum has rows of samples."""
+    shape = _output_shape(node)
+    for source, _ in node.next_functions:
+        way: list[Node] = []
+        at = source
+        while at is not None and at.name() in _IN_ORDER:
+            way.append(at)
+            at = at.next_functions[0][0]
+        if at is None or at.name() != "EmbeddingBackward0":
+            continue
+        tokens = at._saved_indices
+        width = _output_shape(at)[-1]
+        if tokens.numel() * width == math.prod(shape) or shape[-1] != width:
+            continue
+        for view in reversed(way):
+            seen = _output_shape(view)
+            if seen[-1] != width:
+                return None
+            expands = view.name() == "ExpandBackward0"
+            tokens = tokens.expand(seen[:-1]) if expands else tokens.reshape(seen[:-1])
+        leaves = _leaves(at, {id(p): name for name, p in parameters.items()})
+        tokens = tokens.expand(shape[:-1]).reshape(-1)
+        return _lookup(at, node, leaves, tokens, parameters, (*way, at))
+    return None
 
 
 def _mul(node: Node, leaves: Leaves, parameters: Parameters) -> Site | None:
@@ -298,17 +380,40 @@ def _elementwise(
     node: Node, name: str, factor: Tensor | None, parameters: Parameters
 ) -> Site | None:
     shape = _output_shape(node)
-    event = tuple(parameters[name].shape)
-    if len(shape) <= len(event) or shape[len(shape) - len(event) :] != event:
+    layout = _broadcast(tuple(parameters[name].shape), shape)
+    if layout is None:
         return None
+    event, places = layout
     rows_of = None if factor is None else factor.expand(shape).reshape(-1, *event)
 
     def change(vectors: Vectors, rows: Rows) -> Tensor:
-        added = _spread(vectors, name, rows, parameters)
+        added = _spread(vectors, name, rows, parameters, event, places)
         total = added if rows_of is None else added * rows_of
         return total.expand(rows.labels.numel(), *event)
 
     return Site(GradientEdge(node, 0), (name,), change, math.prod(event))
+
+
+def _broadcast(
+    size: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], Tensor | None] | None:
+    """Returns the shape of a row that a parameter is broadcast to, and which part each row gets.
+
+    All of it (None), where only leading dimensions are added; else, as of a (T, 1, C) table of
+    positions, the parts are those that its leading dimensions count.
+    """
+    while size and size[0] == 1 and len(size) > 1:
+        size = size[1:]
+    if len(size) < len(shape) and shape[len(shape) - len(size) :] == size:
+        return size, None
+    same = 0
+    while same < min(len(size), len(shape)) and size[-1 - same] == shape[-1 - same]:
+        same += 1
+    lead = size[: len(size) - same]
+    if same == 0 or math.prod(lead) == math.prod(shape[: len(shape) - same]):
+        return None  # rows of a single element each, or nothing is broadcast
+    places = torch.arange(math.prod(lead)).view(lead).expand(shape[: len(shape) - same])
+    return size[len(lead) :], places.reshape(-1)
 
 
 def _output_shape(node: Node) -> tuple[int, ...]:
@@ -348,10 +453,21 @@ def _affine(
 
 
 def _embedding(node: Node, leaves: Leaves, parameters: Parameters) -> Site | None:
+    return _lookup(node, node, leaves, node._saved_indices.reshape(-1), parameters)
+
+
+def _lookup(
+    node: Node,
+    output: Node,
+    leaves: Leaves,
+    tokens: Tensor,
+    parameters: Parameters,
+    instead_of: tuple[Node, ...] = (),
+) -> Site | None:
+    """Rows ``tokens`` of a table, as an embedding's node looks them up, added to an output."""
     name, way = leaves[0]
     if name is None or way or node._saved_scale_grad_by_freq:
         return None
-    tokens = node._saved_indices.reshape(-1)
     padding = int(node._saved_padding_idx)
     padding = padding if padding < 2**62 else padding - 2**64  # an unsigned -1: no padding
 
@@ -360,7 +476,8 @@ def _embedding(node: Node, leaves: Leaves, parameters: Parameters) -> Site | Non
         lost = (tokens == padding) | (rows.labels < 0)
         return found.masked_fill(lost.unsqueeze(1), 0.0)
 
-    return Site(GradientEdge(node, 0), (name,), change, parameters[name].shape[1], table=True)
+    edge, width = GradientEdge(output, 0), parameters[name].shape[1]
+    return Site(edge, (name,), change, width, table=True, instead_of=instead_of)
 
 
 def _convolution(node: Node, leaves: Leaves, parameters: Parameters) -> Site | None:
@@ -411,8 +528,11 @@ _MAKERS: dict[str, Callable[[Node, Leaves, Parameters], Site | None]] = {
 }
 """Operations a site can be made of; a new one is a function here."""
 
-_MATCH = 1e-3  # relative distance at which two labels count as the same (as a share of spacing)
-_DEPENDS = 1e-7  # of the largest row: below it, the loss does not depend on a row
+_MATCH = 1e-3  # relative distance at which two projections of a row count as the same
+_DEPENDS = 1e-7  # of the largest row: below it, a row that fits no sample counts as of none
+_PROJECTIONS = 2  # numbers kept of a row: all of its elements are in each
+_EXPONENTS = {torch.float16: 8}  # powers of two a digit may have, by the narrowest type in the way
+_WIDE = 128  # the same for types with the exponents of float32: 2^-64 to 2^63
 
 
 def sample_rows(
@@ -424,12 +544,16 @@ def sample_rows(
     r"""Finds out which rows of every site belong to which sample, from two backward passes.
 
     Backward is linear: rows of the site nearest to the loss get a random seed :math:`\epsilon`
-    once as it is and once multiplied by a number of their own sample, :math:`\ell_n`. A row of
+    once as it is and once multiplied by a factor of their own sample, :math:`\ell_n`. A row of
     another site that only sample *n* depends on then receives twice the same, the second time
     :math:`\ell_n` as large; a row that several samples depend on does not. So no layout is assumed:
     batch first, time first, flattened, packed sequences; and samples that are coupled (batch norm
     in training mode) are noticed. A loss that couples them (a contrastive one) shows in the second
     derivative at the first site.
+
+    The factors are powers of two with a sign, by which all rounding is multiplied, too: a row that
+    is a small difference of large numbers (behind a softmax) is recognised like any other. More
+    than 256 samples need a second digit and so a third pass.
 
     Args:
         sites: From `find_sites`.
@@ -444,25 +568,38 @@ def sample_rows(
     """
     if not sites:
         return None
-    root, gradient = sites[0].edge, gradients[0]
     generator = generator or torch.Generator().manual_seed(0)
+    with torch.autocast(gradients[0].device.type, enabled=False):
+        return _sample_rows(sites, gradients, hint, generator)
+
+
+def _sample_rows(
+    sites: Sequence[Site], gradients: Sequence[Tensor], hint: int | None, generator: torch.Generator
+) -> tuple[int, list[Rows | None]] | None:
+    root, gradient = sites[0].edge, gradients[0]
+    project = _Projection(generator)
     seed = torch.randn(gradient.shape, generator=generator).to(gradient)
-    edges = [site.edge for site in sites[1:]]
-    once = _backward(root, seed, edges)
+    counts = [site.rows(at) for site, at in zip(sites, gradients, strict=True)]
+    exponents = min(_EXPONENTS.get(at.dtype, _WIDE) for at in gradients)
+    once: _Received | None = None
     best: tuple[int, list[Rows | None]] | None = None
     most = 0
-    for samples, labels in _layouts(sites[0].rows(gradient), hint, sites):
-        numbers = (1.0 + torch.randperm(samples, generator=generator) / samples).to(gradient)
-        labels = labels.to(gradient.device)  # noqa: PLW2901 - the same, where it is needed
-        scaled = (seed.view(labels.numel(), -1) * numbers[labels].unsqueeze(1)).view_as(seed)
-        if _coupled_by_the_loss(root, gradient, seed, scaled, labels, numbers):
+    for samples, labels in _layouts(counts[0], hint, sites):
+        code = _Code.of(samples, exponents, generator)
+        scaled = [
+            (seed.view(labels.numel(), -1) * factor[labels].to(seed).unsqueeze(1)).view_as(seed)
+            for factor in code.factors
+        ]
+        if _coupled_by_the_loss(root, gradient, seed, scaled, labels, code, project):
             continue
-        twice = _backward(root, scaled, edges)
-        found: list[Rows | None] = [Rows.of(labels, samples)]
-        for site, at, one, two in zip(sites[1:], gradients[1:], once, twice, strict=True):
-            assigned = _labels(one, two, site.rows(at), numbers)
-            found.append(None if assigned is None else Rows.of(assigned, samples))
-        separable = sum(rows is not None for rows in found)
+        if once is None:
+            once = _receive(root, seed, sites[1:], counts[1:], project)
+        again = [_receive(root, s, sites[1:], counts[1:], project) for s in scaled]
+        found = [
+            Rows(labels.to(gradient.device), samples),
+            *_rows_by_site(once, again, code, counts[1:], gradient.device),
+        ]
+        separable = sum(each is not None for each in found)
         if separable > most:  # among equals the first, which is the finest
             best, most = (samples, found), separable
         if separable == len(found):
@@ -502,47 +639,165 @@ def _coupled_by_the_loss(
     root: GradientEdge,
     gradient: Tensor,
     seed: Tensor,
-    scaled: Tensor,
+    scaled: Sequence[Tensor],
     labels: Tensor,
-    numbers: Tensor,
+    code: _Code,
+    project: _Projection,
 ) -> bool:
     if not gradient.requires_grad:  # a loss that is linear from here on
         return False
-    once, twice = (
-        torch.autograd.grad(gradient, [root], s, retain_graph=True, allow_unused=True)[0]
-        for s in (seed, scaled)
-    )
-    if once is None or twice is None or not bool(once.any()):
+    received = []
+    for s in (seed, *scaled):
+        (second,) = torch.autograd.grad(gradient, [root], s, retain_graph=True, allow_unused=True)
+        if second is None:
+            return False
+        received.append(_numbers([project(second, labels.numel())]))
+    once, *again = received
+    if not bool(once.any()):
         return False
-    own = _labels(once, twice, labels.numel(), numbers)
-    return own is None or bool(((own != labels) & (own >= 0)).any())
+    own, fits, size = code.read(once, again)
+    small = size <= _DEPENDS**2 * size.max()  # not of what is not finite
+    return bool(torch.where(fits, own != labels, ~small).any())
 
 
-def _backward(
-    output: GradientEdge, seed: Tensor, inputs: Sequence[GradientEdge]
-) -> Sequence[Tensor | None]:
-    if not inputs:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Code:
+    """Numbers of samples, written in digits that a backward pass carries exactly.
+
+    A digit is a sign and a power of two: multiplying by it never rounds.
+
+    Attributes:
+        factors: (digits, samples) what a digit's pass multiplies a sample's rows by.
+        base: Values a digit may have.
+        order: (samples,) the sample of each number; at random, so that no layout looks like it.
+    """
+
+    factors: Tensor
+    base: int
+    order: Tensor
+
+    @classmethod
+    def of(cls, samples: int, exponents: int, generator: torch.Generator) -> _Code:
+        """Draws the numbers of some samples; ``exponents``: powers of two there may be."""
+        base, digits = 2 * exponents, 1
+        while base**digits < samples:
+            digits += 1
+        base = next(b for b in range(2, base + 2, 2) if b**digits >= samples)  # the narrowest
+        order = torch.randperm(samples, generator=generator)
+        number = torch.argsort(order)
+        factors = []
+        for _ in range(digits):
+            digit, number = number % base, number // base
+            power = torch.exp2((digit // 2 - base // 4).double())
+            factors.append(power * (1 - 2 * (digit % 2)))
+        return cls(torch.stack(factors), base, order)
+
+    def read(self, once: Tensor, again: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns whose each row is, whether it is one sample's alone, and its squared size.
+
+        Args:
+            once: (k, rows) float64, what the rows received from the seed.
+            again: The same of each digit's pass.
+        """
+        size = once.square().sum(0)
+        fits = size > 0
+        number = torch.zeros(size.shape, dtype=torch.long)
+        for place, received in enumerate(again):
+            ratio = (once * received).sum(0) / size
+            power = ratio.abs().log2().round()
+            factor = power.exp2().copysign(ratio)
+            distance = (received - factor * once).square().sum(0)
+            digit = 2 * (power + self.base // 4) + (ratio < 0)
+            fits &= distance <= (_MATCH * factor).square() * size
+            fits &= (digit >= 0) & (digit < self.base)
+            number += torch.where(fits, digit, 0.0).long() * self.base**place
+        fits &= number < self.order.numel()
+        return self.order[torch.where(fits, number, 0)], fits, size
+
+
+class _Projection:
+    """Sums up rows of any width in few numbers, the same way at every pass."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self._drawn: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+    def __call__(self, values: Tensor, rows: int) -> Tensor:
+        """Returns (rows, k) of values that are so many rows."""
+        flat = values.detach().reshape(rows, -1)
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        key = (flat.shape[1], flat.dtype, flat.device)
+        if key not in self._drawn:
+            drawn = torch.randn(flat.shape[1], _PROJECTIONS, generator=self._generator)
+            self._drawn[key] = drawn.to(flat)
+        return flat @ self._drawn[key]
+
+
+def _numbers(projected: Sequence[Tensor]) -> Tensor:
+    """Returns projections as one (k, rows) float64 tensor; few, and read where float64 exists."""
+    return torch.cat([each.T.cpu().double() for each in projected], 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Received:
+    """What all sites received in one pass: (k, rows of all sites); and which were reached."""
+
+    projected: Tensor
+    reached: list[bool]
+
+
+def _receive(
+    root: GradientEdge,
+    seed: Tensor,
+    sites: Sequence[Site],
+    counts: Sequence[int],
+    project: _Projection,
+) -> _Received:
+    """Passes a seed back from the root; only few numbers a row are kept."""
+    if not sites:
+        return _Received(torch.zeros(_PROJECTIONS, 0, dtype=torch.float64), [])
+    edges = [site.edge for site in sites]
+    found = list(torch.autograd.grad([root], edges, [seed], retain_graph=True, allow_unused=True))
+    reached = [values is not None for values in found]
+    projected = []
+    for rows in counts:
+        values = found.pop(0)  # which frees it
+        projected.append(
+            seed.new_zeros(rows, _PROJECTIONS) if values is None else project(values, rows)
+        )
+    return _Received(_numbers(projected), reached)
+
+
+def _rows_by_site(
+    once: _Received,
+    again: Sequence[_Received],
+    code: _Code,
+    counts: Sequence[int],
+    device: torch.device,
+) -> list[Rows | None]:
+    """Returns the rows of each site; None where some row has several samples, or none has one."""
+    if not counts:
         return []
-    return torch.autograd.grad([output], list(inputs), [seed], retain_graph=True, allow_unused=True)
+    own, fits, size = code.read(once.projected, [each.projected for each in again])
+    lengths = torch.tensor(counts)
+    site = torch.repeat_interleave(lengths)
+    largest = torch.zeros(len(counts), dtype=size.dtype).scatter_reduce(0, site, size, "amax")
+    small = size <= _DEPENDS**2 * largest[site]
+    apart = torch.bincount(site[~fits & ~small], minlength=len(counts)).tolist()
+    known = torch.bincount(site[fits], minlength=len(counts)).tolist()
+    labels = torch.where(fits, own, -1).to(device).split_with_sizes(list(counts))
+    distinct: dict[int, list[Rows]] = {}
+    return [
+        _shared(Rows(mine, code.order.numel()), distinct) if here and one and not several else None
+        for mine, here, one, several in zip(labels, once.reached, known, apart, strict=True)
+    ]
 
 
-def _labels(once: Tensor | None, twice: Tensor | None, rows: int, numbers: Tensor) -> Tensor | None:
-    """Returns the sample of every row, -1 where none; None when some row has several."""
-    if once is None or twice is None:
-        return None
-    a, b = once.reshape(rows, -1).double(), twice.reshape(rows, -1).double()
-    square = a.square().sum(1)
-    if not bool(square.max() > 0):
-        return None
-    depends = square > (_DEPENDS**2) * square.max()
-    ratio = (a * b).sum(1) / square.clamp(min=1e-300)
-    # Several samples: the second pass points elsewhere, or between the numbers.
-    apart = (b - ratio.unsqueeze(1) * a).square().sum(1).sqrt() / square.sqrt().clamp(min=1e-150)
-    order = torch.argsort(numbers)
-    level = ((ratio - 1.0) * numbers.numel()).round().clamp(0, numbers.numel() - 1).long()
-    label = order[level]
-    distance = (ratio - numbers.double()[label]).abs() * numbers.numel()
-    fits = (distance < 0.1) & (apart < _MATCH)
-    if not bool((fits | ~depends).all()):
-        return None
-    return torch.where(depends, label, torch.full_like(label, -1))
+def _shared(rows: Rows, distinct: dict[int, list[Rows]]) -> Rows:
+    """Returns the tables that were made for equal labels before, or these."""
+    alike = distinct.setdefault(rows.labels.numel(), [])
+    for other in alike:
+        if torch.equal(other.labels, rows.labels):
+            return other
+    alike.append(rows)
+    return rows
