@@ -94,12 +94,12 @@ def test_published_signs_are_right_and_mostly_decided(report: dict[str, Any], sa
 def test_published_intervals_miss_the_aim_no_more_often_than_is_said(
     report: dict[str, Any],
 ) -> None:
-    # The aim, 93 to 97 % of the trials in every cell, is missed: by 0.1 % in four of 198 cells with
-    # 256 samples, by more with 32, of which few may be far larger than the rest.
+    # The aim, 93 to 97 % of the trials in every cell, is missed: by up to 0.3 % in six of 198 cells
+    # with 256 samples, by more with 32, of which few may be far larger than the rest.
     found = {samples: misses(report["kinds"], samples)["coverage"] for samples in PROBE_SETS}
-    assert len(found[256]) == 4
-    assert all(text.endswith("covers_population 0.971") for text in found[256])
-    assert len(found[32]) == 24
+    assert len(found[256]) == 6
+    assert all(0.97 < float(text.split()[-1]) <= 0.973 for text in found[256])
+    assert len(found[32]) == 20
 
 
 def test_the_published_rule_of_pyhessian_stops_at_once_below_zero(report: dict[str, Any]) -> None:
