@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from diagnoser.monitor import Plan, Schedule
+from diagnoser.monitor import sample as sample_module
 from diagnoser.monitor.sample import Sample
 from diagnoser.monitor.training import SPECTRUM_COMPONENTS, SUSPECT_PRODUCTS, Monitor
 from diagnoser.monitor.triggers import BAND, LEAST_LOSSES, LossBand, MomentRatios, Trigger
@@ -260,9 +261,11 @@ def test_a_suspected_component_is_measured_alone_with_more_products_every_other_
     asked: list[tuple[tuple[str, ...], int]] = []
     original = Sample.read_spectrum
 
-    def spy(self: Sample, hessian: Any, components: Any, generator: Any, products: int) -> None:
+    def spy(
+        self: Sample, hessian: Any, components: Any, generator: Any, products: int, known: Any
+    ) -> None:
         asked.append((tuple(c.name for c in components), products))
-        original(self, hessian, components, generator, products)
+        original(self, hessian, components, generator, products, known)
 
     monkeypatch.setattr(Sample, "read_spectrum", spy)
     torch.manual_seed(0)
@@ -289,6 +292,40 @@ def test_a_suspected_component_is_measured_alone_with_more_products_every_other_
     errors = log.series("trace", "3")
     suspected = errors.std_error[errors.step == 4]
     assert suspected.tolist() == [0.0]
+    # And its coupling with every other one; exact, too, as none has more directions than columns.
+    rows = log.measurements
+    coupled = np.flatnonzero(rows.quantity == rows.quantities.index("coupling_norm"))
+    pairs: dict[int, set[tuple[str, str]]] = {}
+    for i in coupled:
+        pair = (rows.components[rows.component[i]], rows.components[rows.other[i]])
+        pairs.setdefault(int(rows.step[i]), set()).add(pair)
+    of_3, of_1 = ({tuple(sorted((a, str(b)))) for b in range(5) if str(b) != a} for a in "31")
+    assert pairs == {4: of_3, 8: of_1, 12: of_3}
+
+
+@pytest.mark.parametrize("every", [2, 5])
+def test_ends_are_sought_from_where_they_were_a_few_steps_ago(
+    every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[bool] = []
+    original = sample_module.extreme_eigenvalues
+
+    def spy(*arguments: Any, start: torch.Tensor | None = None, **others: Any) -> Any:
+        starts.append(start is not None)
+        return original(*arguments, start=start, **others)
+
+    monkeypatch.setattr(sample_module, "extreme_eigenvalues", spy)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Watch(tmp_path / "run", every=every) as watch:
+        for _ in range(16):
+            optimizer.zero_grad()
+            model(torch.randn(16, 6)).square().mean().backward()
+            optimizer.step()
+        assert not of_kind(watch.log, "monitor_error")
+    assert len(starts) == 2 * -(-16 // every)  # of two components
+    assert starts == [False] * 2 + [every == 2] * (len(starts) - 2)
 
 
 def test_what_the_findings_so_far_flag_is_suspected(

@@ -26,6 +26,7 @@ from diagnoser.curvature import (
     batch_error,
     block_trace,
     coupling_matrix,
+    coupling_norm,
     extreme_eigenvalues,
     forms_along,
     forms_of,
@@ -48,6 +49,7 @@ from diagnoser.vocabulary import MODEL
 Array = NDArray[np.float64]
 
 
+FRESH_STEPS = 3  # since the ends of a block were found: near enough to start from them
 GOOD_PREDICTION = 0.99  # cosine between the predicted and the real step
 
 
@@ -59,6 +61,28 @@ class Along:
     rows: RowCurvature
     descent: Array  # g_i'd_i, (components,)
     loss: float
+
+
+class KnownEnds:
+    """What the ends of blocks were lately: vectors to start the next search from.
+
+    They are worth it for `FRESH_STEPS` only: ten steps later 4 % of the ends found from them are
+    off by more than 5 %, which a random start does not cost (benchmarks/lanczos_stopping.py).
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, bool], tuple[int, Tensor]] = {}
+
+    def start(self, key: tuple[str, bool], step: int, size: int) -> Tensor | None:
+        """Returns a start for a block of ``size`` elements, or None if nothing fresh is known."""
+        at, start = self._found.pop(key, (-FRESH_STEPS - 1, None))
+        fresh = start is not None and step - at <= FRESH_STEPS and start.numel() == size
+        return start if fresh else None
+
+    def learn(self, key: tuple[str, bool], step: int, ends: Ends) -> None:
+        """Keeps what was found, and lets go of what is too old to be used."""
+        self._found = {k: v for k, v in self._found.items() if step - v[0] <= FRESH_STEPS}
+        self._found[key] = (step, ends.warm_start)
 
 
 @dataclass
@@ -298,20 +322,23 @@ class Sample:
         components: Sequence[Component],
         generator: torch.Generator,
         products: int = 12,
+        known: KnownEnds | None = None,
     ) -> None:
         """Trace and both ends of the spectrum of the diagonal blocks of some components.
 
         ``step_lambda`` is learning rate times the largest eigenvalue, preconditioned as the
         optimizer steps, over what its stability allows: beyond 1 the quadratic model diverges.
         At most ``products`` products are taken for each of the three. Where the samples of the
-        loss can be told apart, each has an error for other samples, too.
+        loss can be told apart, each has an error for other samples, too. Ends that ``known`` has
+        of a few steps ago are where the search starts.
         """
+        known = known if known is not None else KnownEnds()
         forms = forms_of(hessian, generator) if isinstance(hessian, Hessian) else None
         for component in components:
             block, name = component.parts, component.name
             covered = forms is not None and all(f.covers(block, generator) for f in forms)
             own = forms if covered else None
-            ends = self._ends(hessian, component, generator, products)
+            ends = self._ends(hessian, component, generator, products, known)
             for quantity, end, vector in (
                 ("lambda_max", ends.lambda_max, ends.vector_max),
                 ("lambda_min", ends.lambda_min, ends.vector_min),
@@ -336,7 +363,9 @@ class Sample:
             if rule is None or None in rules:
                 continue
             if rule.second_moment is not None:
-                ends = self._ends(hessian, component, generator, products, preconditioned=True)
+                ends = self._ends(
+                    hessian, component, generator, products, known, preconditioned=True
+                )
             factor = rule.learning_rate * rule.factor
             self._estimate("step_lambda", name, ends.lambda_max, factor)
 
@@ -346,6 +375,7 @@ class Sample:
         component: Component,
         generator: torch.Generator,
         products: int,
+        known: KnownEnds,
         *,
         preconditioned: bool = False,
     ) -> Ends:
@@ -362,9 +392,34 @@ class Sample:
                 # Where there was hardly ever a gradient, P is all epsilon and means nothing.
                 left_out.append(part.view(rule.second_moment <= rule.eps**2).reshape(-1))
             product, size = precondition(product, torch.cat(diagonal), torch.cat(left_out))
-        return extreme_eigenvalues(
-            product, size, generator, max_steps=products, dtype=like.dtype, device=like.device
+        key = (component.name, preconditioned)
+        ends = extreme_eigenvalues(
+            product,
+            size,
+            generator,
+            max_steps=products,
+            start=known.start(key, self.step, size),
+            dtype=like.dtype,
+            device=like.device,
         )
+        known.learn(key, self.step, ends)
+        return ends
+
+    def read_coupling_norms(
+        self, hessian: Operator, component: Component, generator: torch.Generator
+    ) -> None:
+        """Adds the norm of the cross block of one component with every other.
+
+        ``coupling_norm``: over all directions, while ``coupling`` is along the step. In units of
+        the loss over squared parameters (see `curvature.coupling`).
+        """
+        components = self.measurable(hessian)
+        order = {each.name: i for i, each in enumerate(components)}
+        others = [other for other in components if other.name != component.name]
+        found = coupling_norm(hessian, component.parts, others, generator)
+        for name, estimate in found.items():
+            a, b = sorted((component.name, name), key=order.__getitem__)
+            self._estimate("coupling_norm", a, estimate, other=b)
 
     def read_interaction(self, hessian: Operator, direction: Mapping[str, Tensor]) -> None:
         """Signed coupling d_i'H_ij d_j of all pairs along a step, and its bounded share."""

@@ -22,7 +22,7 @@ from diagnoser.errors import MeasurementError
 from diagnoser.monitor.interception import Books, loss_scale, unscaled, user_place
 from diagnoser.monitor.live import LiveGraphs
 from diagnoser.monitor.quiet import quiet
-from diagnoser.monitor.sample import Sample
+from diagnoser.monitor.sample import KnownEnds, Sample
 from diagnoser.monitor.schedule import SMALL_STEP_S, Plan, Schedule
 from diagnoser.monitor.subject import StepRule, Subject, coming_update, find_models, step_rules
 from diagnoser.monitor.triggers import LossBand, MomentRatios, Trigger
@@ -82,6 +82,7 @@ class Monitor:
         self._spent = self._since = 0.0
         self._generator = torch.Generator().manual_seed(0)
         self._next_component = 0
+        self._known_ends = KnownEnds()
         self._suspects: tuple[str, ...] = ()
         self._next_suspect = 0
         self._suspect_was_last = False
@@ -234,8 +235,8 @@ class Monitor:
         """Tells which components a diagnosis flags now, the gravest first.
 
         Every other time that spectra are measured one of them is, with up to `SUSPECT_PRODUCTS`
-        products, instead of the components whose turn it is. The list replaces the last one; a
-        layer stands for its components.
+        products, and its coupling to every other component, instead of the components whose turn it
+        is. The list replaces the last one; a layer stands for its components.
         """
         self._suspects = tuple(dict.fromkeys(components))
 
@@ -398,7 +399,9 @@ class Monitor:
                 for optimizer in self._optimizers():
                     sample.rules |= step_rules(optimizer, sample.subject.name_of)
             chosen, products = self._chosen(sample, operator)
-            sample.read_spectrum(operator, chosen, self._generator, products)
+            sample.read_spectrum(operator, chosen, self._generator, products, self._known_ends)
+            if self._suspect_was_last:
+                sample.read_coupling_norms(operator, chosen[0], self._generator)
         if self._plan.interaction:
             sample.read_interaction(operator, direction)
 
@@ -428,6 +431,7 @@ class Monitor:
         alternation.
         """
         components = sample.measurable(operator)
+        self._suspect_was_last &= self.schedule.every is None and bool(components)
         if self.schedule.every is not None or not components:
             return components, PRODUCTS
         suspected = [
