@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+from curvature_subjects import TinyTransformer, build, dense, loss_of, positions
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diagnoser.components import split_components
-from diagnoser.curvature import Hessian, block_eigenvalues
+from diagnoser.components import layers_of, split_components
+from diagnoser.curvature import Hessian, block_eigenvalues, forms_of
 from diagnoser.curvature.block_trace import block_trace
 from diagnoser.curvature.decision import Question
 from diagnoser.curvature.per_sample import SampleForms
@@ -168,3 +170,34 @@ def test_a_lanczos_run_on_the_block_makes_the_trace_sharper_at_no_further_cost()
             for given in ({}, {"basis": ends.basis, "inside": ends.inside})
         ]
     assert errors[1] < 0.5 * errors[0]
+
+
+HEAD = (  # the second of two, in a fused projection: rows of query, key and value, columns of out
+    *(Part(f"attention.in_proj_{x}", 0, k + 2, 2) for x in ("weight", "bias") for k in (0, 4, 8)),
+    Part("attention.out_proj.weight", 1, 2, 2),
+)
+
+
+@pytest.mark.parametrize("what", ["one head", "a whole layer"])
+def test_a_head_or_a_layer_is_a_block_like_any_other(what: str) -> None:
+    model = build(TinyTransformer)
+    parameters = dict(model.named_parameters())
+    layers = {layer.name: layer.parts for layer in layers_of(split_components({"": model}))}
+    block = HEAD if what == "one head" else layers["attention"]
+    at = positions(block, parameters)
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = dense(loss_of(model), parameters)[at][:, at]
+    values = torch.linalg.eigvalsh(exact)
+    with Hessian(loss_of(model), parameters, sites=True) as hessian:
+        forms = forms_of(hessian, generator())
+        assert forms is not None and forms[0].covers(block, generator())
+        question = Question.within(0.02)
+        found = block_trace(hessian, block, generator(), forms=forms, question=question)
+        enough = {"question": Question.within(0.0), "max_products": len(at) + 2}  # after a pilot
+        whole = block_trace(hessian, block, generator(), forms=forms, **enough)
+        ends = block_eigenvalues(hessian, block, generator(), max_steps=len(at), tolerance=1e-6)
+    assert abs(found.value - float(exact.trace())) <= 3 * (found.std_error or 0.0) + 1e-9
+    assert whole.value == pytest.approx(float(exact.trace()))
+    assert whole.batch_std_error is not None
+    assert ends.lambda_max.value == pytest.approx(float(values[-1]), rel=1e-4)
+    assert ends.lambda_min.value == pytest.approx(float(values[0]), rel=1e-4)
