@@ -32,14 +32,12 @@ random share that is mixed in.
 
 What that costs, and how often an end is wrong by more than 5 % of the largest magnitude, was
 measured on every block of a tiny transformer and a tiny HAN that had no part in the choice of the
-rule (``benchmarks/lanczos_stopping.py``), all with ``tolerance=0.03``; the default is stricter and
-was not measured there. Not before 8 steps: 8.6 products, 0.3 % of the ends wrong. With
-``min_steps=2``: 7.9 products, 0.3 % of the ends wrong; with a margin of 0.1 besides: 6.8 products,
-0.7 % of the ends wrong. (PyHessian's power iteration 7.8 for one end.) Warm and with
-``min_steps=2``, 1, 3 and 10 optimizer steps later: 3.8, 4.0 and 4.4 products, 0.4 %, 1.1 % and 4.3
-% of the ends wrong. A start by several vectors is their sum: expanding them one by one
-(Rayleigh-Ritz on all of them, then on residuals) took more products for the same error when the
-rule was chosen.
+rule (``benchmarks/lanczos_stopping.py``). By default: 8.4 products, 0.1 % of the ends wrong; not
+before 8 steps: 9.0 products, 0.1 % of the ends wrong; with a margin of 0.1: 7.7 products,
+0.3 % of the ends wrong. (PyHessian's power iteration 7.8 for one end.) Warm, 1, 3 and 10
+optimizer steps later: 4.3, 4.8 and 5.8 products, 0.0 %, 0.0 % and 1.8 % of the ends wrong. A
+start by several vectors is their sum: expanding them one by one (Rayleigh-Ritz on all of them, then
+on residuals) took more products for the same error when the rule was chosen.
 
 When the process ends early in an invariant subspace, it starts again in a random direction
 orthogonal to it, so that an end in another subspace is not missed.
