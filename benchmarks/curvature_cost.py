@@ -155,7 +155,7 @@ QUICK = Effort(
 def effort_for(subject: Subject, samples: int) -> Effort:
     """Returns the effort that a model is worth; the large ones take hours otherwise."""
     if subject.dense:
-        return Effort()
+        return Effort() if samples <= SIZES[0] else Effort(seeds=20, rival_runs=6, eigen_seeds=5)
     large = Effort(
         seeds=12,
         rival_runs=2,
@@ -168,11 +168,12 @@ def effort_for(subject: Subject, samples: int) -> Effort:
     if samples > SIZES[0]:
         large = replace(
             large,
+            seeds=8,
             rival_runs=1,
-            rival_probes=60,
+            rival_probes=40,
             eigen_seeds=2,
             side_by_side=2,
-            reference_products=48,
+            reference_products=32,
             repeats=2,
         )
     return large

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import random
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -258,7 +259,8 @@ def test_an_error_in_a_product_leaves_the_users_backward_as_it_was():
     with CompiledCalls([model]) as calls:
         loss = loss_of(model)
     (call,) = calls.calls
-    function = call.outputs[0].grad_fn._forward_cls
+    (node,) = call.nodes
+    function = node._forward_cls
     own = vars(function)["backward"]
     hessian = ReplayHessian(loss, dict(model.named_parameters()), calls.calls)
     plain = build(TinyTransformer, need_weights=True)
@@ -343,3 +345,18 @@ def test_a_replay_that_would_not_be_the_same_is_refused():
 
     counting = compiled(Counting(3, 3))
     assert "the output differs by 0.1" in refusal(counting, lambda: counting(x).sum())
+
+
+def test_graphs_that_are_never_differentiated_are_not_kept_alive():
+    # As of an evaluation without no_grad: each call's graph must go when the loss does.
+    first, second = (compiled(nn.Sequential(nn.Linear(4, 4), nn.Tanh())) for _ in range(2))
+    with CompiledCalls([first, second]) as calls:
+        graphs = []
+        for _ in range(4):
+            loss = second(first(torch.randn(3, 4))).sum()
+            assert len(calls.calls) == 2
+            graphs.append(weakref.ref(loss.grad_fn.next_functions[0][0]))
+            del loss
+        first(torch.randn(3, 4))
+        assert len(calls.calls) <= 1
+        assert [graph() for graph in graphs] == [None] * 4

@@ -15,6 +15,7 @@ replaced by the other kind.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -75,6 +76,28 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Output:
+    """What a compiled call gave: not the tensor itself, which would keep its graph alive.
+
+    Attributes:
+        value: It, detached.
+        node: Gives the compiled node that it came from while that lives; None: it has none.
+        number: Which of the node's outputs it is.
+    """
+
+    value: Tensor
+    node: Callable[[], Node | None] | None
+    number: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Output:
+        """Notes an output."""
+        node = tensor.grad_fn
+        compiled = node is not None and _is_compiled_node(node)
+        return cls(tensor.detach(), weakref.ref(node) if compiled else None, tensor.output_nr)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Call:
     """One call of a compiled module, with all that it takes to make it again."""
 
@@ -84,15 +107,21 @@ class Call:
     versions: tuple[int, ...]
     random: RandomStates
     autocast: Mapping[str, tuple[bool, torch.dtype]]
-    outputs: tuple[Tensor, ...]
+    outputs: tuple[Output, ...]
+
+    @property
+    def nodes(self) -> set[Node]:
+        """The compiled nodes of its outputs that are alive."""
+        found = {output.node() for output in self.outputs if output.node is not None}
+        return found - {None}
 
 
 class CompiledCalls:
     """Notes the calls of compiled modules while it is entered.
 
     Only hooks on the wrappers that ``torch.compile`` returns are used, which run outside of
-    compiled code: nothing is compiled again, no random number drawn, no output replaced. The inputs
-    are kept alive until `clear`.
+    compiled code: nothing is compiled again, no random number drawn, no output replaced. Inputs are
+    kept alive until `clear`, or until the graph they were used in is gone and another call is made.
 
     Args:
         modules: Where to look for compiled ones, such as ``model.modules()``.
@@ -125,6 +154,7 @@ class CompiledCalls:
         self.calls.clear()
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._forget_the_dead()
         versions = tuple(tensor._version for tensor in _tensors((args, kwargs)))
         autocast = {
             device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
@@ -139,11 +169,18 @@ class CompiledCalls:
         while self._begun:  # a call that failed has begun and never ended
             begun, versions, random, autocast = self._begun.pop()
             if begun is module:
-                outputs = tuple(_tensors(output))
-                if any(tensor.requires_grad for tensor in outputs):
-                    kept = Call(module, args, dict(kwargs), versions, random, autocast, outputs)
+                outputs = tuple(Output.of(tensor) for tensor in _tensors(output))
+                kept = Call(module, args, dict(kwargs), versions, random, autocast, outputs)
+                if kept.nodes:
                     self.calls.append(kept)
                 return
+
+    def _forget_the_dead(self) -> None:
+        """Forgets calls whose graph is gone; their inputs may have kept others' alive."""
+        known = len(self.calls) + 1
+        while len(self.calls) < known:
+            known = len(self.calls)
+            self.calls[:] = [call for call in self.calls if call.nodes]
 
 
 class ReplayHessian(Hessian):
@@ -176,12 +213,7 @@ class ReplayHessian(Hessian):
         scale: float = 1.0,
     ) -> None:
         losses = (loss,) if isinstance(loss, Tensor) else tuple(loss)
-        made = {
-            tensor.grad_fn: call
-            for call in calls
-            for tensor in call.outputs
-            if tensor.grad_fn is not None
-        }
+        made = {node: call for call in calls for node in call.nodes}
         self._replays: dict[Node, _Replay] = {}
         for node in compiled_nodes(losses):
             if node not in made:
@@ -201,6 +233,10 @@ class ReplayHessian(Hessian):
         return _replaced_backward(self._replays)
 
 
+def _is_compiled_node(node: Node) -> bool:
+    return hasattr(getattr(node, "_forward_cls", None), "compiled_bw")
+
+
 def compiled_nodes(losses: Sequence[Tensor]) -> list[Node]:
     """Returns the nodes of the losses' graphs that run compiled code."""
     seen: set[Node] = set()
@@ -211,7 +247,7 @@ def compiled_nodes(losses: Sequence[Tensor]) -> list[Node]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if hasattr(getattr(node, "_forward_cls", None), "compiled_bw"):
+        if _is_compiled_node(node):
             found.append(node)
         waiting.extend(following for following, _ in node.next_functions)
     return found
@@ -257,7 +293,7 @@ class _Replay:
 
         args, kwargs = tree_map(copy, (call.args, dict(call.kwargs)))
         outputs = _run(call, args, kwargs)
-        _check_same(name, call.outputs, outputs)
+        _check_same(name, call.outputs, outputs)  # and that there are as many
         known: dict[Any, tuple[Tensor, Tensor]] = {
             id(p): (p, p) for p in call.module._orig_mod.parameters() if p.requires_grad
         }
@@ -273,9 +309,9 @@ class _Replay:
         pairs = [known[_key(*edge)] for edge in edges]
         return cls(
             {
-                live.output_nr: own
+                live.number: own
                 for live, own in zip(call.outputs, outputs, strict=True)
-                if live.grad_fn is node
+                if live.node is not None and live.node() is node
             },
             tuple(live for live, _ in pairs),
             tuple(leaf for _, leaf in pairs),
@@ -377,12 +413,13 @@ def _run(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[
                 buffer.data.copy_(saved)
 
 
-def _check_same(name: str, live: Sequence[Tensor], replayed: Sequence[Tensor]) -> None:
-    if [t.shape for t in live] != [t.shape for t in replayed]:
+def _check_same(name: str, live: Sequence[Output], replayed: Sequence[Tensor]) -> None:
+    if [o.value.shape for o in live] != [t.shape for t in replayed]:
         raise NoSecondDerivativeError(f"{name}: uncompiled, the outputs differ in shape; {REMEDY}")
-    for a, b in zip(live, replayed, strict=True):
-        if not a.requires_grad:
+    for output, b in zip(live, replayed, strict=True):
+        if output.node is None:
             continue
+        a = output.value
         size, defect = (
             float(torch.linalg.vector_norm(t.detach().to(torch.float32))) for t in (a, a - b)
         )
