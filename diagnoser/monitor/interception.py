@@ -60,11 +60,12 @@ class References(Generic[T]):
     def add(self, item: T) -> None:
         """Remembers ``item`` until it dies."""
         key = id(item)
+        if key in self._references:  # it goes when its object does, so this is the same one
+            return
         try:
-            reference = weakref.ref(item, lambda _: self._references.pop(key, None))
+            self._references[key] = weakref.ref(item, lambda _: self._references.pop(key, None))
         except TypeError:  # a class with __slots__ and no __weakref__
             return
-        self._references.setdefault(key, reference)
 
     def __iter__(self) -> Iterator[T]:
         for reference in list(self._references.values()):

@@ -544,16 +544,9 @@ class Monitor:
         modules = {id(m): m for m in (*subject.modules, *self._books.modules)}
         return quiet(self._books, modules.values(), list(subject.parameters.values()))
 
-    @contextmanager
-    def _guard(self, what: str) -> Iterator[None]:
+    def _guard(self, what: str) -> _Guard:
         """Times our own work and turns our own failures into events."""
-        self._since = time.perf_counter()
-        try:
-            yield
-        except Exception as error:
-            self._failed(what, error)
-        finally:
-            self._book()
+        return _Guard(self, what)
 
     def _book(self) -> None:
         """Books the time since the last booking under the plan of the running step."""
@@ -583,3 +576,22 @@ class Monitor:
         if self._failures.setdefault(f"once:{key}", 0) == 0:
             self._failures[f"once:{key}"] = 1
             self.log.event(self.step, kind, message, {})
+
+
+class _Guard:
+    """See `Monitor._guard`; a class, as every step passes two of them and generators are slower."""
+
+    __slots__ = ("_monitor", "_what")
+
+    def __init__(self, monitor: Monitor, what: str) -> None:
+        self._monitor = monitor
+        self._what = what
+
+    def __enter__(self) -> None:
+        self._monitor._since = time.perf_counter()
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, Exception):
+            self._monitor._failed(self._what, error)
+        self._monitor._book()
+        return isinstance(error, Exception)
