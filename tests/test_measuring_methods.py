@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from diagnoser import watch
+from diagnoser.curvature import Hessian
 from diagnoser.curvature import probe as probing
 from diagnoser.errors import UsageError
 from diagnoser.runlog import Recording
@@ -334,3 +335,60 @@ def test_a_probe_of_one_sample(tmp_path):
     assert chosen.any()
     assert np.isnan(rows.batch_std_error[chosen]).all()  # one sample tells nothing about others
     assert not said(found)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+)
+def test_memory_running_out_on_the_live_graph_is_said_with_the_remedy(error, tmp_path, monkeypatch):
+    original = Hessian.block_product
+    left = [5]
+
+    def product(self: Hessian, block: Any, v: Tensor) -> Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            raise error
+        return original(self, block, v)
+
+    monkeypatch.setattr(Hessian, "block_product", product)
+    found, watched = train(built(), tmp_path / "run")
+    assert watched == train_alone(built())
+    assert methods(found, "update_curvature") == {"live"}  # what was measured before is kept
+    assert "out of memory; give loss_fn= and probe=" in said(found)[0]
+    assert not [e for e in found.events if e.kind == "monitor_error"]
+
+
+def test_a_component_that_the_output_does_not_depend_on_has_no_curvature(tmp_path):
+    def model() -> Network:
+        network = built()
+        network.spare = nn.Linear(2, 2)
+        network.count = nn.Parameter(torch.tensor([3]), requires_grad=False)
+        return network
+
+    found, watched = train(model(), tmp_path / "run")
+    assert watched == train_alone(model())
+    assert {v for (_, name), v in values(found, "lambda_max").items() if name == "spare"} == {0.0}
+    assert not said(found)
+
+
+@pytest.mark.parametrize("probe", [True, False])
+def test_a_loss_that_is_not_finite_gives_no_number(probe, tmp_path):
+    def broken(model: nn.Module, batch: Any) -> Tensor:
+        return cross_entropy(model, (batch[0] / 0.0, batch[1]))
+
+    torch.manual_seed(3)
+    model = built()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"loss_fn": broken, "probe": (X, Y)} if probe else {}
+    with watch(
+        model, optimizer, out=tmp_path / "run", every=2, verbose=False, **options
+    ) as watched:
+        for _ in range(4):
+            optimizer.zero_grad()
+            (cross_entropy if probe else broken)(model, (X, Y)).backward()
+            optimizer.step()
+    rows = watched.log.measurements
+    for quantity in ("update_curvature", "trace", "lambda_max", "coupling"):
+        if quantity in rows.quantities:
+            chosen = rows.quantity == rows.quantities.index(quantity)
+            assert not chosen.any()

@@ -16,7 +16,7 @@ from diagnoser.curvature.coupling import coupling_norm, coupling_norms
 from diagnoser.curvature.decision import Question, answer, decided
 from diagnoser.curvature.finite_difference import CentralDifference
 from diagnoser.curvature.fused_attention import second_derivative_of_fused_attention
-from diagnoser.curvature.hessian import Hessian, NoSecondDerivativeError
+from diagnoser.curvature.hessian import Hessian, NoSecondDerivativeError, out_of_memory
 from diagnoser.curvature.lanczos import (
     Ends,
     block_eigenvalues,
@@ -79,6 +79,7 @@ __all__ = [
     "forms_along",
     "forms_of",
     "largest_eigenvalues",
+    "out_of_memory",
     "precondition",
     "recomputes",
     "repetition_defect",

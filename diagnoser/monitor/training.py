@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diagnoser.curvature import Operator, ProbeSet
+from diagnoser.curvature import Operator, ProbeSet, out_of_memory
 from diagnoser.errors import MeasurementError
 from diagnoser.monitor.interception import Books, loss_scale, unscaled, user_place
 from diagnoser.monitor.live import LiveGraphs
@@ -39,6 +39,7 @@ SUSPECT_PRODUCTS = 48  # the same for a suspected component, which is then measu
 MOST_WAITING = 4096  # losses on a device that wait for a sample to be read
 FRESH = 5  # steps after which a loss that was read late is no reason for a sample at once
 ACCURACY_EVERY = 4  # steps, where a step takes less than SMALL_STEP_S
+REMEDY_FOR_MEMORY = "give loss_fn= and probe= to watch(), which is measured in pieces that fit"
 LARGE_SCORES = 65_536  # elements of a classification's scores beyond which accuracy is sampled
 
 
@@ -567,6 +568,8 @@ class Monitor:
 
     def _failed(self, what: str, error: Exception) -> None:
         self._failures[what] = count = self._failures.get(what, 0) + 1
+        if out_of_memory(error):
+            error = MeasurementError(f"out of memory; {REMEDY_FOR_MEMORY}")
         if count <= MAX_FAILURES:
             kind = "unmeasurable" if isinstance(error, MeasurementError) else "monitor_error"
             text = f"{what}: {error}" if kind == "unmeasurable" else f"{what}: {error!r}"
