@@ -46,7 +46,8 @@ from torch.nn import functional as F
 from benchmarks.intervals import wilson
 from diagnoser.curvature.block_trace import block_trace
 from diagnoser.curvature.decision import MULTIPLE, Question, answer
-from diagnoser.curvature.hessian import Block, Hessian
+from diagnoser.curvature.hessian import Hessian
+from diagnoser.curvature.operator import Block
 from diagnoser.curvature.per_sample import SampleForms
 from diagnoser.curvature.sites import Vectors
 from diagnoser.types import Estimate, Part

@@ -22,12 +22,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from diagnoser.curvature.fused_attention import second_derivative_of_fused_attention
-from diagnoser.curvature.operator import Block, Operator, Vector, trained
+from diagnoser.curvature.operator import Operator, trained
 from diagnoser.curvature.sites import Site, find_sites
 from diagnoser.errors import MeasurementError
 from diagnoser.types import Part
-
-__all__ = ["Block", "Graph", "Hessian", "NoSecondDerivativeError", "Vector", "differentiate"]
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 

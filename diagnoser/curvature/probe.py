@@ -482,29 +482,25 @@ def split(batch: Any, pieces: int) -> list[Any]:
     return [_narrow(batch, start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
-def _narrow(batch: Any, start: int, stop: int) -> Any:
+def _map(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """Returns a batch with a function applied to its tensors; mappings become dictionaries."""
     if isinstance(batch, Tensor):
-        return batch[start:stop] if batch.ndim > 0 else batch
+        return function(batch)
     if isinstance(batch, Mapping):
-        return {key: _narrow(value, start, stop) for key, value in batch.items()}
+        return {key: _map(function, value) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_narrow(value, start, stop) for value in batch))
+        return type(batch)(*(_map(function, value) for value in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(_narrow(value, start, stop) for value in batch)
+        return type(batch)(_map(function, value) for value in batch)
     return batch
+
+
+def _narrow(batch: Any, start: int, stop: int) -> Any:
+    return _map(lambda tensor: tensor[start:stop] if tensor.ndim > 0 else tensor, batch)
 
 
 def _cast(batch: Any, dtype: torch.dtype) -> Any:
-    """Returns a batch with its floating tensors in another type."""
-    if isinstance(batch, Tensor):
-        return batch.to(dtype) if batch.is_floating_point() else batch
-    if isinstance(batch, Mapping):
-        return {key: _cast(value, dtype) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_cast(value, dtype) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(_cast(value, dtype) for value in batch)
-    return batch
+    return _map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, batch)
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
