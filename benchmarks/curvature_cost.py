@@ -103,6 +103,7 @@ CREDIT = FIVE_PERCENT.relative_error  # the smallest error a rival has to match,
 RULE_TOLERANCE = 1e-3  # PyHessian's default
 MOST_PROBES = 100  # PyHessian's default
 WAYS = ("alone", "after_ends")  # of a trace of ours
+MANY_PARAMETERS = 1_000_000
 COLUMNS = 8  # a component, for its couplings
 ROUNDING = 1e-5  # of a float32 trace, over `Truth.scale`
 LARGE_PAIR = 0.05  # of the largest coupling norm: the pairs whose errors count
@@ -133,6 +134,8 @@ class Effort:
         coupled: The last so many components are paired; None: all that are measured.
         sequences: Drawn to see what PyHessian's stopping rules do.
         repeats: Of a timing that has no seeds.
+        left_out: Components with this in their name are not measured; None: all that the subject
+            chose are.
     """
 
     seeds: int = 30
@@ -145,6 +148,7 @@ class Effort:
     coupled: int | None = None
     sequences: int = 2000
     repeats: int = 5
+    left_out: str | None = None
 
 
 QUICK = Effort(
@@ -176,6 +180,17 @@ def effort_for(subject: Subject, samples: int) -> Effort:
             reference_products=32,
             repeats=2,
         )
+        if sum(p.numel() for p in subject.model.parameters()) > MANY_PARAMETERS:
+            large = replace(
+                large,
+                seeds=6,
+                rival_probes=24,
+                eigen_seeds=1,
+                reference_products=16,
+                coupled=6,
+                repeats=1,
+                left_out="layer.0.",
+            )
     return large
 
 
@@ -629,6 +644,8 @@ def measure(subject: Subject, samples: int, effort: Effort) -> dict[str, Any]:
     model = subject.model
     every = split_components({"": model})
     components = [c for c in every if subject.chosen is None or subject.chosen(c.name)]
+    if effort.left_out is not None:
+        components = [c for c in components if effort.left_out not in c.name]
     G = gradient_seconds(model, inputs, targets, effort.repeats)
     shared = median_seconds(lambda: Ours.of(model, inputs, targets), effort.repeats)
     floor = floors(model, inputs, every)
