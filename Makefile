@@ -36,8 +36,12 @@ check: $(VENV)/.stamp-test
 	$(BIN)/pytest -m 'not slow'
 
 evidence: $(VENV)/.stamp-test
+	$(PIP) --no-deps curvlinops-for-pytorch==3.0.1 einops==0.8.2 einconv==0.1.0 linear_operator==0.6.1
 	$(BIN)/python -m benchmarks.subject_harm
 	$(BIN)/python -m benchmarks.trace_coverage
+	$(BIN)/python -m benchmarks.lanczos_stopping
+	$(BIN)/python -m benchmarks.curvature_cost --large
+	$(BIN)/python -m benchmarks.monitor_overhead
 	$(BIN)/python -m benchmarks.first_slice
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.example

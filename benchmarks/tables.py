@@ -1,15 +1,18 @@
-"""Renders the tables of README.md from the committed results. Run ``python -m benchmarks.tables``.
+"""Renders the tables of all documents from the committed results: ``python -m benchmarks.tables``.
 
-Each block of README between ``<!-- name -->`` and ``<!-- /name -->`` is made here and nowhere else;
-a test holds the file against the results.
+Each block of a document between ``<!-- name -->`` and ``<!-- /name -->`` is made here (or in
+`curvature_document`) and nowhere else; a test holds the files against the results.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from benchmarks import curvature_document
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -80,20 +83,24 @@ def example() -> str:
     return f"```text\n{text}\n```"
 
 
-BLOCKS = {"example": example, "evidence": evidence, "overhead": overhead}
+DOCUMENTS: dict[Path, Mapping[str, Callable[[], str]]] = {
+    README: {"example": example, "evidence": evidence, "overhead": overhead},
+    ROOT / "docs" / "curvature.md": curvature_document.BLOCKS,
+}
 
 
-def rendered(text: str) -> str:
-    """Returns the document with every block made anew."""
-    for name, make in BLOCKS.items():
+def rendered(text: str, blocks: Mapping[str, Callable[[], str]]) -> str:
+    """Returns a document with every block made anew."""
+    for name, make in blocks.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = pattern.sub(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
     return text
 
 
 def main() -> None:
-    """Writes README.md anew."""
-    README.write_text(rendered(README.read_text(encoding="utf-8")), encoding="utf-8")
+    """Writes the documents anew."""
+    for path, blocks in DOCUMENTS.items():
+        path.write_text(rendered(path.read_text(encoding="utf-8"), blocks), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import first_slice, tables
+from benchmarks import first_slice, monitor_overhead, tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -19,11 +19,12 @@ def summary() -> dict[str, Any]:
     return {line["runs"]: line for line in lines}
 
 
-def test_readme_shows_the_committed_results_and_nothing_else() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name in tables.BLOCKS:
+@pytest.mark.parametrize("path", tables.DOCUMENTS, ids=lambda path: path.name)
+def test_documents_show_the_committed_results_and_nothing_else(path: Path) -> None:
+    text, blocks = path.read_text(encoding="utf-8"), tables.DOCUMENTS[path]
+    for name in blocks:
         assert f"<!-- {name} -->" in text
-    assert tables.rendered(text) == text
+    assert tables.rendered(text, blocks) == text
 
 
 def test_readme_is_short() -> None:
@@ -71,3 +72,40 @@ def test_watching_keeps_its_budget(loop: str) -> None:
         assert row["ratio_median"] <= 1.125
     else:
         assert row["us_a_step_unguaranteed_median"] <= 150
+
+
+def result(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def test_traces_are_several_times_cheaper_than_pyhessians() -> None:
+    sections = result("curvature_cost.json")["sections"]
+    models = ("tiny_transformer", "tiny_han", "han", "distilbert")
+    assert set(sections) == {f"{model}/{samples}" for model in models for samples in (32, 256)}
+    for name, section in sections.items():
+        every = section["by_group"]["all"]
+        # As a measurement takes them: after both ends; and with the price of these.
+        if name.endswith("/256"):
+            assert every["after_ends"]["fixed"] >= 3.0, name
+        assert every["spectrum_ratio"] >= 1.0, name
+
+
+def test_couplings_are_within_five_percent_at_eight_columns() -> None:
+    for name, section in result("curvature_cost.json")["sections"].items():
+        row = section["coupling"]
+        assert row["columns_a_component"] == 8
+        assert row["relative_std_error"] <= 0.05, name
+        assert row["relative_rms_error"] is None or row["relative_rms_error"] <= 0.05, name
+
+
+def test_a_large_model_is_measured_within_six_gibibytes() -> None:
+    assert result("curvature_cost.json")["distilbert_base"]["peak_mb"] <= 6 * 1024
+
+
+def test_misses_of_the_monitor_are_those_of_its_figures() -> None:
+    found = result("monitor_overhead.json")
+    assert set(found["models"]) == set(monitor_overhead.LOOPS)
+    assert monitor_overhead.misses(found["models"]) == found["missed"]
+    for row in found["models"].values():
+        assert row["memory"]["ratio"] <= 2.5
+        assert row["tiers"]["default"]["curvature_measurements_in_200_steps"] >= 8
