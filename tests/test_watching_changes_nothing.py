@@ -619,7 +619,10 @@ def test_same_bits_when_the_monitor_fails(
     monkeypatch.setattr(module, name, broken)
     watched, recording = run(SITUATIONS["fused_attention"], tmp_path / "run", every=2)
     assert watched == expected
-    assert any("injected" in message for message in events(recording, "monitor_error"))
+    told = events(recording, "monitor_error")
+    if kind is MemoryError:  # in curvature, for which there is a remedy
+        told += [m for m in events(recording, "unmeasurable") if "curvature: out of memory" in m]
+    assert any("injected" in message or "out of memory" in message for message in told)
 
 
 @pytest.mark.parametrize("name", ["fused_attention", "checkpoint", "hooks", "retained_gradients"])
@@ -630,7 +633,7 @@ def test_same_bits_when_a_product_fails_half_way(
     monkeypatch.setattr(Hessian, "product", failing_product(MemoryError))
     watched, recording = run(SITUATIONS[name], tmp_path / "run", every=2)
     assert watched == expected
-    assert events(recording, "monitor_error")
+    assert any("out of memory" in message for message in events(recording, "unmeasurable"))
     assert "gradient_norm" in quantities(recording)
 
 

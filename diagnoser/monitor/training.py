@@ -568,7 +568,7 @@ class Monitor:
 
     def _failed(self, what: str, error: Exception) -> None:
         self._failures[what] = count = self._failures.get(what, 0) + 1
-        if out_of_memory(error):
+        if what == "curvature" and out_of_memory(error):
             error = MeasurementError(f"out of memory; {REMEDY_FOR_MEMORY}")
         if count <= MAX_FAILURES:
             kind = "unmeasurable" if isinstance(error, MeasurementError) else "monitor_error"
