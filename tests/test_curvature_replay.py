@@ -360,3 +360,16 @@ def test_graphs_that_are_never_differentiated_are_not_kept_alive():
         first(torch.randn(3, 4))
         assert len(calls.calls) <= 1
         assert [graph() for graph in graphs] == [None] * 4
+
+
+def test_a_compiled_module_inside_another_is_left_alone():
+    inner = compiled(nn.Linear(4, 4))
+    outer = compiled(nn.Sequential(inner, nn.Tanh(), nn.Linear(4, 3)))
+    with CompiledCalls(outer.modules()) as calls:
+        assert calls.modules == [outer]
+        assert not inner._forward_hooks and not inner._forward_pre_hooks
+        loss = outer(torch.randn(5, 4)).square().mean()
+    parameters = dict(outer.named_parameters())
+    v = random_vector(parameters, 1)
+    found = ReplayHessian(loss, parameters, calls.calls).product(v)
+    assert all(rows.isfinite().all() for rows in found.values())

@@ -128,12 +128,15 @@ class CompiledCalls:
 
     Attributes:
         calls: What was noted, oldest first.
-        modules: The compiled ones.
+        modules: The compiled ones, without those inside another.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.calls: list[Call] = []
-        self.modules = [module for module in modules if _is_compiled(module)]
+        compiled: list[Any] = [module for module in modules if _is_compiled(module)]
+        # One inside another is part of that one's code: a hook there would be compiled into it.
+        inner = {id(part) for module in compiled for part in module._orig_mod.modules()}
+        self.modules = [module for module in compiled if id(module) not in inner]
         self._begun: list[tuple[Any, ...]] = []
         self._undo = ExitStack()
 
