@@ -58,8 +58,7 @@ def product(v):
 def test_uneven_chunks_make_up_the_whole(subject, chunk_size, streamed):
     model, parameters, data, H = subject
     v = random_vector(parameters, 1)
-    probe = ProbeSet(cross_entropy, model, [data], chunk_size=chunk_size)
-    probe.streamed = streamed
+    probe = ProbeSet(cross_entropy, model, [data], chunk_size=chunk_size, streamed=streamed)
     torch.testing.assert_close(probe.measure(product(v)), H @ flat(v))
     found = probe.measure(
         lambda operator: torch.stack([flat(c.product(v)) for c in operator.chunks]).mean(0)
@@ -94,8 +93,7 @@ def test_estimators_run_streamed(subject):
         ends = block_eigenvalues(operator, components[6].parts, generator=torch.Generator())
         return [e.value for e in (*rows.components.values(), ends.lambda_min, ends.lambda_max)]
 
-    streamed = ProbeSet(cross_entropy, model, [data], chunk_size=4)
-    streamed.streamed = True
+    streamed = ProbeSet(cross_entropy, model, [data], chunk_size=4, streamed=True)
     kept = ProbeSet(cross_entropy, model, [data], chunk_size=4)
     assert streamed.measure(work) == pytest.approx(kept.measure(work), rel=1e-9, abs=1e-12)
 
@@ -341,7 +339,6 @@ def test_free_memory_is_known_here_and_unknown_elsewhere():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_memory_that_really_runs_out_is_met_with_smaller_chunks():
     script = """
 import resource, torch
@@ -432,8 +429,7 @@ def test_central_differences_step_in_where_products_fail_or_would_be_wrong(
 
     v = random_vector(parameters, 12)
     H = dense((x @ model.weight.T + model.bias).pow(6).mean(), parameters)
-    probe = ProbeSet(loss, model, [x], chunk_size=2)
-    probe.streamed = streamed
+    probe = ProbeSet(loss, model, [x], chunk_size=2, streamed=streamed)
     method, found = probe.measure(lambda operator: (operator.method, flat(operator.product(v))))
     assert method == "central difference"
     torch.testing.assert_close(found, H @ flat(v), rtol=1e-5, atol=1e-7)
@@ -543,7 +539,10 @@ def test_every_evaluation_draws_the_same_random_numbers():
 
     parameters = dict(model.named_parameters())
     v = random_vector(parameters, 16)
-    probe = ProbeSet(noisy, model, [batch()], chunk_size=2)
-    kept = probe.measure(product(v))
-    probe.streamed = True
-    torch.testing.assert_close(probe.measure(product(v)), kept)
+    kept, streamed = (
+        ProbeSet(noisy, model, [batch()], chunk_size=2, streamed=streamed)
+        for streamed in (False, True)
+    )
+    found = kept.measure(product(v))
+    torch.testing.assert_close(kept.measure(product(v)), found)
+    torch.testing.assert_close(streamed.measure(product(v)), found)

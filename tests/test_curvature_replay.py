@@ -290,7 +290,9 @@ class Broken(nn.Module):
 def refusal(model, run, *modules):
     with pytest.raises(NoSecondDerivativeError) as caught:
         noted(model, run, *modules)
-    assert str(caught.value).endswith("measure on a probe set, which runs the model uncompiled")
+    assert str(caught.value).endswith(
+        "measure on a probe set, by watch(..., loss_fn=, probe=), which runs the model uncompiled"
+    )
     return str(caught.value)
 
 

@@ -17,6 +17,7 @@ from diagnoser import watch
 from diagnoser.curvature import Hessian
 from diagnoser.curvature import probe as probing
 from diagnoser.errors import UsageError
+from diagnoser.monitor import Plan, Schedule
 from diagnoser.runlog import Recording
 
 STEPS = 8
@@ -294,11 +295,6 @@ def test_a_loss_that_insists_on_its_own_type_is_named(tmp_path):
 def test_memory_running_out_in_the_middle_halves_the_chunk_says_so_and_keeps_the_numbers(
     tmp_path, monkeypatch
 ):
-    def hungry(model: nn.Module, batch: Any) -> Tensor:
-        if len(batch[0]) > 4 and torch.is_grad_enabled():
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return cross_entropy(model, batch)
-
     monkeypatch.setattr(probing, "free_memory", lambda device: None)
     expected, _ = train(built(), tmp_path / "whole", **probed())
     found, watched = train(built(), tmp_path / "halved", **probed(loss_fn=hungry))
@@ -354,7 +350,7 @@ def test_memory_running_out_on_the_live_graph_is_said_with_the_remedy(error, tmp
     found, watched = train(built(), tmp_path / "run")
     assert watched == train_alone(built())
     assert methods(found, "update_curvature") == {"live"}  # what was measured before is kept
-    assert "out of memory; give loss_fn= and probe=" in said(found)[0]
+    assert "out of memory; measure on a probe set" in said(found)[0]
     assert not [e for e in found.events if e.kind == "monitor_error"]
 
 
@@ -392,3 +388,59 @@ def test_a_loss_that_is_not_finite_gives_no_number(probe, tmp_path):
         if quantity in rows.quantities:
             chosen = rows.quantity == rows.quantities.index(quantity)
             assert not chosen.any()
+
+
+def hungry(model: nn.Module, batch: Any) -> Tensor:
+    if len(batch[0]) > 4 and torch.is_grad_enabled():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return cross_entropy(model, batch)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_what_was_learnt_of_memory_is_not_learnt_again(dtype, monkeypatch):
+    monkeypatch.setattr(probing, "free_memory", lambda device: None)
+    probe = probing.ProbeSet(hungry, built(), [(X, Y)], dtype=dtype)
+    for _ in range(3):
+        probe.measure(lambda operator: operator.gradient)
+    assert len(probe.notes) == 2
+    assert (probe.chunk_size, probe.streamed) == (3, True)
+
+
+def test_what_led_to_giving_up_is_said_too(tmp_path, monkeypatch):
+    def never(model: nn.Module, batch: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return cross_entropy(model, batch)
+
+    monkeypatch.setattr(probing, "free_memory", lambda device: None)
+    found, watched = train(built(), tmp_path / "run", **probed(loss_fn=never))
+    assert watched == train_alone(built())
+    assert any("halved to 6" in message for message in said(found))
+    assert any("out of memory with a single sample" in message for message in said(found))
+
+
+def test_a_measurement_that_starts_again_does_not_skip_a_components_turn(tmp_path, monkeypatch):
+    class Spectra(Schedule):
+        __slots__ = ()
+
+        def plan(self, step: int) -> Plan:
+            second = step % 2 == 1
+            return Plan(statistics=not second, follow=second, curvature=True, spectrum=True)
+
+    def measured(loss_fn: Any, out: Any) -> list[tuple[int, str]]:
+        model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(5)), nn.Linear(3, 2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with watch(
+            model, optimizer, out=out, verbose=False, loss_fn=loss_fn, probe=(X, Y)
+        ) as watched:
+            watched._monitor.schedule.__class__ = Spectra
+            for _ in range(6):
+                optimizer.zero_grad()
+                cross_entropy(model, (X, Y)).backward()
+                optimizer.step()
+        return list(values(watched.log, "lambda_max"))
+
+    monkeypatch.setattr(probing, "free_memory", lambda device: None)
+    expected = measured(cross_entropy, tmp_path / "plain")
+    assert measured(hungry, tmp_path / "hungry") == expected
+    assert len(expected) == 6

@@ -16,7 +16,12 @@ from diagnoser.curvature.coupling import coupling_norm, coupling_norms
 from diagnoser.curvature.decision import Question, answer, decided
 from diagnoser.curvature.finite_difference import CentralDifference
 from diagnoser.curvature.fused_attention import second_derivative_of_fused_attention
-from diagnoser.curvature.hessian import Hessian, NoSecondDerivativeError, out_of_memory
+from diagnoser.curvature.hessian import (
+    ON_A_PROBE,
+    Hessian,
+    NoSecondDerivativeError,
+    out_of_memory,
+)
 from diagnoser.curvature.lanczos import (
     Ends,
     block_eigenvalues,
@@ -46,6 +51,7 @@ from diagnoser.curvature.self_checks import (
 )
 
 __all__ = [
+    "ON_A_PROBE",
     "Block",
     "CentralDifference",
     "CompiledCalls",

@@ -27,6 +27,9 @@ from diagnoser.curvature.sites import Site, find_sites
 from diagnoser.errors import MeasurementError
 from diagnoser.types import Part
 
+ON_A_PROBE = "measure on a probe set, by watch(..., loss_fn=, probe=)"
+"""What remains where a live graph will not do."""
+
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
@@ -213,8 +216,7 @@ def differentiate(
             raise
         reason = str(error).strip().partition("\n")[0]
         raise NoSecondDerivativeError(
-            f"no second derivative here: {reason}; "
-            "replay the step with an operation that has one, or leave curvature out"
+            f"no second derivative here: {reason}; {ON_A_PROBE}, which then takes differences"
         ) from error
 
 

@@ -68,6 +68,7 @@ class ProbeSet:
         parameters: Name to leaf tensor; the model's trained parameters if left out.
         terms: How many terms the loss of a batch is the mean of; its number of samples if left out.
         chunk_size: The most samples of a chunk; whatever fits if left out.
+        streamed: Keep one chunk's graph at a time from the start, not only when memory is short.
         sites: Also keep the gradient at every site, where all graphs are kept (`per_sample`).
         dtype: Measures on a copy of the model and of the batches in this type, such as
             ``torch.float64``; that is so under autocast, too, which leaves float64 alone.
@@ -75,8 +76,6 @@ class ProbeSet:
 
     Attributes:
         notes: All that ``on_note`` was told.
-        chunk_size: The most samples of a chunk at present.
-        streamed: Whether only one chunk's graph is kept at a time.
 
     Raises:
         MeasurementError: There is no batch, or one without samples.
@@ -91,6 +90,7 @@ class ProbeSet:
         parameters: Mapping[str, Tensor] | None = None,
         terms: Callable[[Any], float] | None = None,
         chunk_size: int | None = None,
+        streamed: bool = False,
         sites: bool = False,
         dtype: torch.dtype | None = None,
         on_note: Callable[[str], None] | None = None,
@@ -100,8 +100,7 @@ class ProbeSet:
         self._whole = not all(divisible(batch) for batch in batches)
         sizes = [1 if self._whole else samples_of(batch) for batch in batches]
         self.notes: list[str] = []
-        self.chunk_size = max(sizes) if chunk_size is None else max(chunk_size, 1)
-        self.streamed = False
+        self._plan = _Plan(max(sizes) if chunk_size is None else max(chunk_size, 1), streamed)
         self._loss_fn, self._model, self._batches = loss_fn, model, list(batches)
         self._dtype = dtype
         self._parameters = trained(
@@ -111,8 +110,16 @@ class ProbeSet:
         self._sites = sites
         self._on_note = on_note
         self._random = RandomStates.now()
-        self._differences = False
-        self._planned = self._compared = self._verified = False
+
+    @property
+    def chunk_size(self) -> int:
+        """The most samples of a chunk at present."""
+        return self._plan.chunk_size
+
+    @property
+    def streamed(self) -> bool:
+        """Whether only one chunk's graph is kept at a time."""
+        return self._plan.streamed
 
     def measure(
         self, work: Callable[[Operator], T], parameters: Mapping[str, Tensor] | None = None
@@ -144,15 +151,15 @@ class ProbeSet:
                     "parameters"
                 ) from error
         with self._evaluating():
-            if not self._planned:
-                self._planned = True
-                self._plan()
+            if not self._plan.made:
+                self._plan.made = True
+                self._make_plan()
             while True:
                 try:
                     with self._operator() as operator:
                         return work(operator)
                 except NoSecondDerivativeError as error:
-                    if self._differences:
+                    if self._plan.differences:
                         raise
                     remedy = functools.partial(self._use_differences, str(error))
                 except Exception as error:
@@ -163,7 +170,7 @@ class ProbeSet:
 
     def _twin(self, dtype: torch.dtype) -> ProbeSet:
         """Returns the same probe set on a copy of the model as it is now, in another type."""
-        twin = copy.copy(self)
+        twin = copy.copy(self)  # with the same plan: what was learnt of memory stays
         memo: dict[int, Any] = {}
         twin._model = copy.deepcopy(self._model, memo)
         for parameter in self._parameters.values():
@@ -183,10 +190,10 @@ class ProbeSet:
     def _operator(self) -> Operator:
         chunks = self._chunks()
         losses = [functools.partial(self._loss, chunk, weight) for chunk, weight in chunks]
-        if len(chunks) > len(self._batches) and not self._compared:
-            self._compared = True
+        if len(chunks) > len(self._batches) and not self._plan.compared:
+            self._plan.compared = True
             self._compare(losses)
-        if self._differences:
+        if self._plan.differences:
             return CentralDifference(losses, self._parameters)
         operator: Operator
         if self.streamed:
@@ -224,10 +231,10 @@ class ProbeSet:
             loss = compute()
         for node in unreliable_nodes(loss):
             raise NoSecondDerivativeError(f"{node} has no trustworthy second derivative")
-        unverified = [] if self._verified else unverified_nodes(loss)
+        unverified = [] if self._plan.verified else unverified_nodes(loss)
         if unverified and not self._agrees(loss, compute):
             raise NoSecondDerivativeError(f"{unverified[0]}: its second derivative is wrong")
-        self._verified = True
+        self._plan.verified = True
         return loss
 
     def _agrees(self, loss: Tensor, compute: Loss) -> bool:
@@ -243,7 +250,7 @@ class ProbeSet:
         return wrong <= TOLERANCE * _norm(difference.values())
 
     def _use_differences(self, reason: str) -> None:
-        self._differences = True
+        self._plan.differences = True
         self._note(f"central differences instead of exact products: {reason.partition(';')[0]}")
 
     def _note(self, text: str) -> None:
@@ -253,7 +260,7 @@ class ProbeSet:
 
     # -- memory ----------------------------------------------------------------------------------
 
-    def _plan(self) -> None:
+    def _make_plan(self) -> None:
         """Chooses chunks that should fit, by what the graph of a single sample keeps."""
         if self._whole:
             return
@@ -269,8 +276,8 @@ class ProbeSet:
         room = SHARE_OF_FREE * free
         if needed * samples <= room:
             return
-        self.streamed = True
-        self.chunk_size = min(self.chunk_size, max(int(room / needed), 1))
+        self._plan.streamed = True
+        self._plan.chunk_size = min(self.chunk_size, max(int(room / needed), 1))
         self._note(
             f"the graphs of {samples} samples would take about {needed * samples / 2**30:.2g} GiB "
             f"of {free / 2**30:.2g} free: at most {self.chunk_size} at a time"
@@ -282,8 +289,8 @@ class ProbeSet:
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.empty_cache()
         sizes = [1 if self._whole else samples_of(chunk) for chunk, _ in self._chunks()]
-        if len(sizes) > 1 and not self.streamed and not self._differences:
-            self.streamed = True
+        if len(sizes) > 1 and not self.streamed and not self._plan.differences:
+            self._plan.streamed = True
             piece = "batch" if self._whole else f"chunk of {max(sizes)} samples"
             self._note(f"out of memory: one {piece} at a time")
             return
@@ -297,8 +304,8 @@ class ProbeSet:
                 "out of memory with a single sample; use shorter samples, fewer parameters or a "
                 "device with more memory"
             )
-        self.streamed = True
-        self.chunk_size = max(sizes) // 2
+        self._plan.streamed = True
+        self._plan.chunk_size = max(sizes) // 2
         self._note(f"out of memory with {max(sizes)} samples: halved to {self.chunk_size}")
 
     def _compare(self, losses: Sequence[Loss]) -> None:
@@ -341,6 +348,18 @@ class ProbeSet:
                 for buffer, saved in buffers:
                     buffer.data.copy_(saved)  # through .data: a live graph may have saved it
                 random.restore()
+
+
+@dataclass(slots=True, eq=False)
+class _Plan:
+    """How a probe set is measured, as far as it has been found out."""
+
+    chunk_size: int
+    streamed: bool
+    differences: bool = False
+    made: bool = False
+    compared: bool = False
+    verified: bool = False
 
 
 class StreamedHessian(Operator):

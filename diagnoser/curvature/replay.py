@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_leaves, tree_map
 
-from diagnoser.curvature.hessian import Hessian, NoSecondDerivativeError
+from diagnoser.curvature.hessian import ON_A_PROBE, Hessian, NoSecondDerivativeError
 from diagnoser.curvature.random_states import RandomStates
 
 SAME = 1e-3  # relative difference between a compiled and an uncompiled output, or 8 roundings
-REMEDY = "measure on a probe set, which runs the model uncompiled"
+REMEDY = f"{ON_A_PROBE}, which runs the model uncompiled"
 
 Node = Any  # torch.autograd.graph.Node
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diagnoser.curvature import (
+    ON_A_PROBE,
     CompiledCalls,
     Hessian,
     ReplayHessian,
@@ -28,7 +29,6 @@ from diagnoser.errors import MeasurementError
 MOST_DEFECT = 1e-3  # of symmetry and repetition; right products have 1e-6 in float32
 MOST_DEFECT_LOW = 5e-2  # in bfloat16 and float16
 SIGN = "CheckpointFunction"  # of reentrant checkpoints
-REMEDY = "give loss_fn= and probe= to watch(), which measures by central differences"
 
 
 class LiveGraphs:
@@ -86,9 +86,9 @@ class LiveGraphs:
             if node.endswith(SIGN):
                 raise MeasurementError(
                     "a reentrant checkpoint hides the parameters inside it: call checkpoint(..., "
-                    f"use_reentrant=False), or {REMEDY}"
+                    f"use_reentrant=False), or {ON_A_PROBE}"
                 )
-            raise MeasurementError(f"{node}: its second derivative would be wrong; {REMEDY}")
+            raise MeasurementError(f"{node}: its second derivative would be wrong; {ON_A_PROBE}")
         functions = tuple(unverified_nodes(loss))
         doubtful = bool(functions) or recomputes(loss)
         if doubtful:
@@ -110,7 +110,7 @@ class LiveGraphs:
     def _refuse(self, functions: tuple[str, ...]) -> None:
         wrong = self._checked.get(functions)
         if wrong:
-            raise MeasurementError(f"{wrong}; {REMEDY}")
+            raise MeasurementError(f"{wrong}; {ON_A_PROBE}")
 
     def _what_is_wrong(self, hessian: Hessian, functions: tuple[str, ...]) -> str:
         low = torch.finfo(getattr(torch, hessian.dtype)).eps > torch.finfo(torch.float32).eps

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diagnoser.curvature import Operator, ProbeSet, out_of_memory
+from diagnoser.curvature import ON_A_PROBE, Operator, ProbeSet, out_of_memory
 from diagnoser.errors import MeasurementError
 from diagnoser.monitor.interception import Books, loss_scale, unscaled, user_place
 from diagnoser.monitor.live import LiveGraphs
@@ -39,7 +39,6 @@ SUSPECT_PRODUCTS = 48  # the same for a suspected component, which is then measu
 MOST_WAITING = 4096  # losses on a device that wait for a sample to be read
 FRESH = 5  # steps after which a loss that was read late is no reason for a sample at once
 ACCURACY_EVERY = 4  # steps, where a step takes less than SMALL_STEP_S
-REMEDY_FOR_MEMORY = "give loss_fn= and probe= to watch(), which is measured in pieces that fit"
 LARGE_SCORES = 65_536  # elements of a classification's scores beyond which accuracy is sampled
 
 
@@ -367,25 +366,35 @@ class Monitor:
         wanted = {n: p for n, p in subject.parameters.items() if p.requires_grad}
         with self._trying("curvature"), self._quietly(subject):
             if self._probe is not None:
-                rows, generator = list(sample.rows), self._generator.get_state()
+                self._measure_on_probe(self._probe, sample, wanted)
+            elif self._live.ready(loss):
+                self._measure_live(sample, loss, wanted)
 
-                def afresh(operator: Operator) -> None:  # it may be called again with less memory
-                    sample.rows, sample.along = list(rows), None
-                    self._generator.set_state(generator)
-                    self._read_curvature(sample, operator, "probe")
+    def _measure_on_probe(
+        self, probe: ProbeSet, sample: Sample, wanted: Mapping[str, Tensor]
+    ) -> None:
+        rows, generator = list(sample.rows), self._generator.get_state()
+        turn = self._next_component, self._next_suspect, self._suspect_was_last
 
-                self._probe.measure(afresh, wanted)
-                self._tell(self._probe.notes)
-                return
-            if not self._live.ready(loss):
-                return
-            backwards = self._last_backwards
-            place = "live" if backwards == 1 else f"live, first of {backwards} backwards"
-            scale = loss_scale(loss) / backwards
-            sites = self._plan.spectrum  # vectors that differ from sample to sample
-            with self._live.operator(loss, wanted, scale=scale, sites=sites) as operator:
-                self._tell(self._live.notes)
-                self._read_curvature(sample, operator, place)
+        def afresh(operator: Operator) -> None:  # it may be called again with less memory
+            sample.rows, sample.along = list(rows), None
+            self._generator.set_state(generator)
+            self._next_component, self._next_suspect, self._suspect_was_last = turn
+            self._read_curvature(sample, operator, "probe")
+
+        try:
+            probe.measure(afresh, wanted)
+        finally:
+            self._tell(probe.notes)
+
+    def _measure_live(self, sample: Sample, loss: Tensor, wanted: Mapping[str, Tensor]) -> None:
+        backwards = self._last_backwards
+        place = "live" if backwards == 1 else f"live, first of {backwards} backwards"
+        scale = loss_scale(loss) / backwards
+        sites = self._plan.spectrum  # vectors that differ from sample to sample
+        with self._live.operator(loss, wanted, scale=scale, sites=sites) as operator:
+            self._tell(self._live.notes)
+            self._read_curvature(sample, operator, place)
 
     def _read_curvature(self, sample: Sample, operator: Operator, place: str) -> None:
         direction = self._direction(sample, operator)
@@ -569,7 +578,7 @@ class Monitor:
     def _failed(self, what: str, error: Exception) -> None:
         self._failures[what] = count = self._failures.get(what, 0) + 1
         if what == "curvature" and out_of_memory(error):
-            error = MeasurementError(f"out of memory; {REMEDY_FOR_MEMORY}")
+            error = MeasurementError(f"out of memory; {ON_A_PROBE}, in pieces that fit")
         if count <= MAX_FAILURES:
             kind = "unmeasurable" if isinstance(error, MeasurementError) else "monitor_error"
             text = f"{what}: {error}" if kind == "unmeasurable" else f"{what}: {error!r}"
