@@ -193,6 +193,9 @@ def test_a_quick_run_has_everything(quick, components):
 def test_everybody_agrees_with_the_dense_hessian(quick):
     found = json.loads(quick.read_text())
     rows = found["sections"][f"tiny_transformer/{SAMPLES}"]["by_component"]
+    # One start in several hundred is off by more (benchmarks/lanczos_stopping.py).
+    worst = sorted(row["ours"]["ends"]["error_worst"] for row in rows.values())
+    assert worst[-2] < 0.05 and worst[-1] < 0.10
     for name, row in rows.items():
         exact, rival = row["truth"], row["pyhessian"]
         deviation = exact["deviation"]
@@ -201,9 +204,7 @@ def test_everybody_agrees_with_the_dense_hessian(quick):
         error = deviation / rival["products_taken"] ** 0.5
         assert abs(rival["mean"] - exact["trace"]) < 4.5 * error, name
         assert rival["deviation"] == pytest.approx(deviation, rel=0.35), name
-        # One start in several hundred is off by more (benchmarks/lanczos_stopping.py).
         assert row["ours"]["ends"]["error_median"] < 0.05, name
-        assert row["ours"]["ends"]["error_worst"] < 0.15, name
         low, high = sorted((abs(exact["lambda_min"]), abs(exact["lambda_max"])))
         if low < 0.7 * high:  # else power iteration finds neither end in its 100 products
             assert row["pyhessian"]["end"]["error_worst"] < 0.15, name

@@ -16,7 +16,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -27,6 +27,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 from torch.utils.hooks import BackwardHook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from diagnoser.errors import UsageError
 from diagnoser.types import Where
@@ -74,15 +75,19 @@ class References(Generic[T]):
                 yield item
 
 
+# Loss by what a gradient scaler made of it, and the scaler. Not on the tensor, which may be saved.
+_UNSCALED: MutableMapping[Tensor, tuple[Tensor, Any]] = WeakTensorKeyDictionary()
+
+
 def unscaled(loss: Tensor) -> Tensor:
     """Returns the loss that a gradient scaler has multiplied, or ``loss`` itself."""
-    before: tuple[Tensor, Any] | None = getattr(loss, "_diagnoser_unscaled", None)
+    before = _UNSCALED.get(loss)
     return loss if before is None else before[0]
 
 
 def loss_scale(loss: Tensor) -> float:
     """What a gradient scaler has multiplied ``loss`` by; reads it from its device."""
-    before: tuple[Tensor, Any] | None = getattr(loss, "_diagnoser_unscaled", None)
+    before = _UNSCALED.get(loss)
     return 1.0 if before is None else float(before[1].get_scale())
 
 
@@ -197,7 +202,7 @@ class Interception:
             scaled = original(instance, outputs)
             if isinstance(scaled, Tensor) and instance.is_enabled():
                 # The scale itself is on the device: it is read where it is needed.
-                scaled._diagnoser_unscaled = (outputs, instance)  # type: ignore[attr-defined]
+                _UNSCALED[scaled] = (outputs, instance)
             return scaled
 
         self._replace(scaler, "scale", scale)
