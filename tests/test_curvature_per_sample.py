@@ -20,7 +20,7 @@ from diagnoser.curvature.per_sample import (
     forms_of,
     signs,
 )
-from diagnoser.curvature.sites import _Code, sample_rows
+from diagnoser.curvature.sample_rows import _Code, sample_rows
 from diagnoser.types import Part
 from tests.curvature_subjects import (
     TinyHAN,

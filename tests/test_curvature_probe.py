@@ -26,7 +26,9 @@ from torch.utils.checkpoint import checkpoint
 from diagnoser.curvature import Hessian, block_eigenvalues, row_curvature
 from diagnoser.curvature import probe as probing
 from diagnoser.curvature.finite_difference import CentralDifference
-from diagnoser.curvature.probe import ProbeSet, StreamedHessian, free_memory, samples_of, split
+from diagnoser.curvature.memory import free_memory
+from diagnoser.curvature.probe import ProbeSet, samples_of, split
+from diagnoser.curvature.streamed import StreamedHessian
 from diagnoser.errors import MeasurementError
 
 PLENTY = 1 << 40

@@ -16,12 +16,7 @@ from diagnoser.curvature.coupling import coupling_norm, coupling_norms
 from diagnoser.curvature.decision import Question, answer, decided
 from diagnoser.curvature.finite_difference import CentralDifference
 from diagnoser.curvature.fused_attention import second_derivative_of_fused_attention
-from diagnoser.curvature.hessian import (
-    ON_A_PROBE,
-    Hessian,
-    NoSecondDerivativeError,
-    out_of_memory,
-)
+from diagnoser.curvature.hessian import ON_A_PROBE, Hessian, NoSecondDerivativeError
 from diagnoser.curvature.lanczos import (
     Ends,
     block_eigenvalues,
@@ -29,6 +24,7 @@ from diagnoser.curvature.lanczos import (
     largest_eigenvalues,
     precondition,
 )
+from diagnoser.curvature.memory import out_of_memory
 from diagnoser.curvature.operator import Block, Operator, Vector
 from diagnoser.curvature.per_sample import (
     Direction,
@@ -38,7 +34,7 @@ from diagnoser.curvature.per_sample import (
     forms_along,
     forms_of,
 )
-from diagnoser.curvature.probe import ProbeSet, StreamedHessian
+from diagnoser.curvature.probe import ProbeSet
 from diagnoser.curvature.random_states import RandomStates
 from diagnoser.curvature.replay import CompiledCalls, ReplayHessian, compiled_nodes
 from diagnoser.curvature.self_checks import (
@@ -49,6 +45,7 @@ from diagnoser.curvature.self_checks import (
     unreliable_nodes,
     unverified_nodes,
 )
+from diagnoser.curvature.streamed import StreamedHessian
 
 __all__ = [
     "ON_A_PROBE",

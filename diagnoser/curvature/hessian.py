@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from diagnoser.curvature.fused_attention import second_derivative_of_fused_attention
+from diagnoser.curvature.memory import out_of_memory
 from diagnoser.curvature.operator import Operator, trained
 from diagnoser.curvature.sites import Site, find_sites
 from diagnoser.errors import MeasurementError
@@ -29,8 +30,6 @@ from diagnoser.types import Part
 
 ON_A_PROBE = "measure on a probe set, by watch(..., loss_fn=, probe=)"
 """What remains where a live graph will not do."""
-
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
 class NoSecondDerivativeError(MeasurementError):
@@ -233,11 +232,3 @@ def lowest_precision(loss: Tensor, parameters: Collection[Tensor]) -> str:
         dtypes.update(meta.dtype for meta in node._input_metadata if meta.dtype.is_floating_point)
         waiting.extend(following for following, _ in node.next_functions)
     return str(min(dtypes, key=lambda dtype: -torch.finfo(dtype).eps)).removeprefix("torch.")
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether memory has run out; on CPU and MPS that is a plain RuntimeError with a text."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(sign in text for sign in _OUT_OF_MEMORY)

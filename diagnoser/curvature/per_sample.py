@@ -36,7 +36,8 @@ from torch import Tensor
 
 from diagnoser.curvature.hessian import Graph, Hessian, differentiate
 from diagnoser.curvature.operator import Block, Operator, Vector
-from diagnoser.curvature.sites import GROUP_ELEMENTS, Rows, Site, Vectors, sample_rows
+from diagnoser.curvature.sample_rows import sample_rows
+from diagnoser.curvature.sites import GROUP_ELEMENTS, Rows, Site, Vectors
 from diagnoser.types import Part
 
 COMPLETE = 1e-3  # relative difference of two gradients that count as the same, at two vectors

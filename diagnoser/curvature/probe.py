@@ -24,20 +24,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from diagnoser.curvature.finite_difference import TOLERANCE, CentralDifference
-from diagnoser.curvature.hessian import Hessian, NoSecondDerivativeError, out_of_memory
+from diagnoser.curvature.hessian import Hessian, NoSecondDerivativeError
+from diagnoser.curvature.memory import free_memory, kept_bytes, out_of_memory
 from diagnoser.curvature.operator import Operator, trained
 from diagnoser.curvature.random_states import RandomStates
 from diagnoser.curvature.replay import compiled_modules, eager_code
 from diagnoser.curvature.self_checks import unreliable_nodes, unverified_nodes
+from diagnoser.curvature.streamed import Loss, StreamedHessian
 from diagnoser.errors import MeasurementError
-from diagnoser.types import Part
 
 SHARE_OF_FREE = 0.5  # of the memory that is free now, for graphs
 GRAPH = 3.0  # memory of a loss and its gradient's graph, in what the loss's forward alone keeps
@@ -45,9 +45,6 @@ SAME = 1e-3  # relative difference of two losses that count as the same
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 """``loss_fn(model, batch)``: the scalar loss of a batch, a mean over its samples."""
-
-Loss = Callable[[], Tensor]
-"""Computes a scalar loss, always on the same samples and random numbers."""
 
 T = TypeVar("T")
 
@@ -362,102 +359,6 @@ class _Plan:
     verified: bool = False
 
 
-class StreamedHessian(Operator):
-    """The Hessian of a mean of losses whose graphs do not fit into memory together.
-
-    One gradient graph exists at a time. Products with one chunk (see `chunks`) in a row share it;
-    with all of them, each product builds every graph again, at nearly twice the cost.
-
-    Args:
-        losses: Each computes the scalar loss of one chunk.
-        parameters: Name to leaf tensor.
-        compute: How a loss is computed; by calling it, if left out.
-    """
-
-    def __init__(
-        self,
-        losses: Sequence[Loss],
-        parameters: Mapping[str, Tensor],
-        compute: Callable[[Loss], Tensor] | None = None,
-    ) -> None:
-        if not losses:
-            raise MeasurementError("no loss to differentiate; give at least one")
-        self.parameters = trained(parameters)
-        self._losses = tuple(losses)
-        self._compute = compute or _call
-        self._slot = _Slot()
-        self.dtype = self._open(self._losses[0]).dtype
-
-    @property
-    def chunks(self) -> tuple[StreamedHessian, ...]:
-        """See `Operator`; they share the place for the one graph."""
-        if len(self._losses) == 1:
-            return (self,)
-        return tuple(self._with_losses((loss,)) for loss in self._losses)
-
-    def _with_losses(self, losses: tuple[Loss, ...]) -> StreamedHessian:
-        part = copy.copy(self)
-        part._losses = losses
-        return part
-
-    @property
-    def loss(self) -> float:
-        """See `Operator`; computed anew each time."""
-        with torch.no_grad():
-            return math.fsum(float(loss()) for loss in self._losses) / len(self._losses)
-
-    @property
-    def gradient(self) -> dict[str, Tensor]:
-        """See `Operator`."""
-        return self._mean(lambda hessian: hessian.gradient, list(self.parameters))
-
-    def release(self) -> None:
-        """Drops the graph and the losses; no product can be taken afterwards."""
-        self._slot.release()
-        self._losses = ()
-
-    def _multiply(
-        self, weights: Sequence[tuple[Part, Tensor]], names: Sequence[str]
-    ) -> dict[str, Tensor]:
-        return self._mean(lambda hessian: hessian._multiply(weights, names), names)
-
-    def _mean(
-        self, part: Callable[[Hessian], dict[str, Tensor]], names: Sequence[str]
-    ) -> dict[str, Tensor]:
-        if not self._losses:
-            raise MeasurementError("this operator was released; build a new one")
-        total: dict[str, Tensor] = {}
-        for loss in self._losses:
-            found = part(self._open(loss))
-            total = self._sum([total, found], names, 1.0)
-        return self._sum([total], names, 1.0 / len(self._losses))
-
-    def _open(self, loss: Loss) -> Hessian:
-        slot = self._slot
-        if slot.loss is not loss or slot.hessian is None:
-            slot.release()  # before the next is built: there is room for one
-            slot.hessian, slot.loss = Hessian(self._compute(loss), self.parameters), loss
-        return slot.hessian
-
-
-@dataclass(slots=True, eq=False)
-class _Slot:
-    """The one graph that exists."""
-
-    loss: Loss | None = None
-    hessian: Hessian | None = None
-
-    def release(self) -> None:
-        if self.hessian is not None:
-            self.hessian.release()
-        self.loss = self.hessian = None
-
-
-def _call(loss: Loss) -> Tensor:
-    with torch.enable_grad():
-        return loss()
-
-
 def _norm(tensors: Iterable[Tensor]) -> float:
     return math.hypot(*(float(torch.linalg.vector_norm(t)) for t in tensors))
 
@@ -531,67 +432,3 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, list | tuple):
         for value in batch:
             yield from _tensors(value)
-
-
-def kept_bytes(compute: Loss, parameters: Mapping[str, Tensor]) -> int:
-    """Returns how many bytes the graph of a loss keeps alive besides the parameters."""
-    own = {p.untyped_storage().data_ptr() for p in parameters.values()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = compute()
-    del loss  # alive until here, so that no address was given out twice
-    return sum(kept.values())
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Returns how many bytes may still be allocated on a device, or None where nobody says."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
-    if device.type != "cpu":
-        return None
-    known = [
-        free for free in (_available(), _left_in_group(), _left_in_limit()) if free is not None
-    ]
-    return max(min(known), 0) if known else None
-
-
-def _available() -> int | None:
-    """What the system says."""
-    try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        return None
-
-
-def _left_in_group() -> int | None:
-    """What a container may still use, with the file cache that it would give up."""
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text("ascii"))  # "max": no limit, no number
-        used = int((group / "memory.current").read_text("ascii"))
-        lines = (group / "memory.stat").read_text("ascii").splitlines()
-        cache = next(int(x.split()[1]) for x in lines if x.startswith("inactive_file "))
-    except (OSError, ValueError, StopIteration):
-        return None
-    return limit - used + cache
-
-
-def _left_in_limit() -> int | None:
-    """What ``ulimit -v`` leaves."""
-    try:
-        import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        pages = int(Path("/proc/self/statm").read_text("ascii").split()[0])
-    except (ImportError, OSError, ValueError):
-        return None
-    return None if limit == resource.RLIM_INFINITY else limit - pages * resource.getpagesize()
