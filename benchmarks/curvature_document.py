@@ -24,8 +24,9 @@ def load(name: str) -> Any:
 def cost() -> str:
     """How many times cheaper than PyHessian, all components of a model together."""
     lines = [
-        "| model, N | trace alone | trace after ends | trace and ends | both ends / its one | "
-        "best kind | worst kind | memory: ours, PyHessian |",
+        "| model, N | trace alone | trace after ends (worst, median, best component) | "
+        "trace and ends | both ends / its one | best kind | worst kind | "
+        "memory: ours, PyHessian |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, section in load("curvature_cost.json")["sections"].items():
@@ -36,7 +37,8 @@ def cost() -> str:
         memory = section["memory"]
         lines.append(
             f"| {label(name)} | {total['alone']['fixed']:.1f} | "
-            f"{total['after_ends']['fixed']:.1f} | {total['spectrum_ratio']:.1f} | "
+            f"{total['after_ends']['fixed']:.1f} ({spread(total['after_ends'])}) | "
+            f"{total['spectrum_ratio']:.1f} | "
             f"{total['ends']['ratio']:.2f} | {word(best)} {kinds[best]:.1f} | "
             f"{word(worst)} {kinds[worst]:.1f} | {over(memory, 'ours')}, "
             f"{over(memory, 'pyhessian')} |"
@@ -157,11 +159,32 @@ def ends() -> str:
         cold = subject["cold"]
         warm = ", ".join(f"{row['products']:.1f}" for row in subject.get("warm", {}).values())
         lines.append(
-            f"| {word(name)} | {cold['lean']['products']:.1f}, "
-            f"{cold['lean']['wrong_share']:.1%} | {cold['power']['products']:.1f}, "
-            f"{cold['power']['wrong_share']:.1%} | {warm} |"
+            f"| {word(name)} | {ends_of(cold['lean'])} | {ends_of(cold['power'])} | {warm} |"
         )
     return "\n".join(lines)
+
+
+def ends_of(row: dict[str, Any]) -> str:
+    """Returns products and the share of wrong ends."""
+    wrong = f"{row['wrong_share']:.1%} {interval(row['wrong_interval'])}"
+    return f"{row['products']:.1f}, {wrong}"
+
+
+def outside() -> str:
+    """How many cells of the coverage lie outside of what was aimed at, in words."""
+    found = load("trace_coverage.json")
+    settings = next(iter(next(iter(found["kinds"].values())).values()))["settings"]
+    cells = len(found["kinds"]) * sum(
+        1 + bool(row["covers_population"]["n"]) for row in settings.values()
+    )
+    said = []
+    for samples, missed in found["misses"].items():
+        shares = sorted(float(text.split()[-1]) for text in missed["coverage"])
+        said.append(
+            f"with {samples} samples {len(shares)} of {cells} lie outside, between "
+            f"{shares[0]:.1%} and {shares[-1]:.1%}"
+        )
+    return f"Of all cells (every kind, setting and error), {'; '.join(said)}."
 
 
 def tiers() -> str:
@@ -199,6 +222,12 @@ def cost_misses(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def spread(row: dict[str, Any]) -> str:
+    """Returns the ratios of single components: the worst, the median, the best."""
+    found = row["fixed_by_component"]
+    return ", ".join(f"{found[key]:.1f}" for key in ("worst", "median", "best"))
+
+
 def label(name: str) -> str:
     """Returns model and number of samples as they stand in a table."""
     return word(name).replace("/", ", ")
@@ -210,8 +239,15 @@ def word(name: str) -> str:
 
 
 def share(rate: dict[str, Any]) -> str:
-    """Returns a share in percent, or that there is nothing it could be one of."""
-    return f"{rate['share']:.1%}" if rate["n"] else "none"
+    """Returns a share in percent with its interval, or that there is nothing to be one of."""
+    if not rate["n"]:
+        return "none"
+    return f"{rate['share']:.1%} {interval(rate['interval'])}"
+
+
+def interval(bounds: list[float]) -> str:
+    """Returns a 95 % Wilson interval of a share, in percent."""
+    return f"[{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
 
 
 def over(memory: dict[str, Any], who: str) -> str:
@@ -234,6 +270,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "scaling": scaling,
     "base": base,
     "coverage": coverage,
+    "outside": outside,
     "ends": ends,
     "tiers": tiers,
     "missed": missed,

@@ -98,7 +98,7 @@ def figures(
     return {
         "plain_ms_a_step": plain_ms,
         "tiers": {"always on": tier(always), "default": tier(default)},
-        "memory": {"ratio": memory},
+        "memory": {"ratio": 1.0, "everything_ratio": memory},
         "others": {"control": {"ratio_median": 1.0}},
     }
 
@@ -131,6 +131,7 @@ def test_the_quick_form_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert set(row["tiers"]) == set(TIERS)
     if sys.platform == "linux":
         assert 0 < row["memory"]["plain_mb"] < row["memory"]["watched_mb"]
+        assert row["memory"]["everything_ratio"] > 1.0
     assert row["tiers"]["always on"]["samples"] == 0
     assert row["tiers"]["statistics"]["curvature_measurements_in_200_steps"] == 0
     assert row["tiers"]["default"]["curvature_measurements_in_200_steps"] == 4  # 0, 5, 10 and 20

@@ -21,7 +21,7 @@ import functools
 import gc
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -35,7 +35,11 @@ from diagnoser.curvature.memory import free_memory, kept_bytes, out_of_memory
 from diagnoser.curvature.operator import Operator, trained
 from diagnoser.curvature.random_states import RandomStates
 from diagnoser.curvature.replay import compiled_modules, eager_code
-from diagnoser.curvature.self_checks import unreliable_nodes, unverified_nodes
+from diagnoser.curvature.self_checks import (
+    finite_difference_defect,
+    unreliable_nodes,
+    unverified_nodes,
+)
 from diagnoser.curvature.streamed import Loss, StreamedHessian
 from diagnoser.errors import MeasurementError
 
@@ -242,9 +246,7 @@ class ProbeSet:
             for name, p in self._parameters.items()
         }
         exact = Hessian(loss, self._parameters).product(v)
-        difference = CentralDifference(compute, self._parameters).product(v)
-        wrong = _norm(exact[name] - difference[name] for name in exact)
-        return wrong <= TOLERANCE * _norm(difference.values())
+        return finite_difference_defect(compute, self._parameters, v, exact) <= TOLERANCE
 
     def _use_differences(self, reason: str) -> None:
         self._plan.differences = True
@@ -357,10 +359,6 @@ class _Plan:
     made: bool = False
     compared: bool = False
     verified: bool = False
-
-
-def _norm(tensors: Iterable[Tensor]) -> float:
-    return math.hypot(*(float(torch.linalg.vector_norm(t)) for t in tensors))
 
 
 def divisible(batch: Any) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diagnoser.curvature.finite_difference import CentralDifference
 from diagnoser.curvature.operator import Operator, Vector
 from diagnoser.errors import MeasurementError
 
@@ -57,60 +58,29 @@ def repetition_defect(hessian: Operator, v: Vector, product: Vector) -> float:
 
 
 def finite_difference_defect(
-    loss: Callable[[], Tensor],
-    parameters: Mapping[str, Tensor],
-    v: Vector,
-    product: Vector,
-    *,
-    steps: tuple[float, float] = (1e-3, 1e-4),
+    loss: Callable[[], Tensor], parameters: Mapping[str, Tensor], v: Vector, product: Vector
 ) -> float:
-    r"""Returns the relative distance of ``product`` from the central difference of gradients.
-
-    .. math:: H v \approx \frac{g(\theta + h v) - g(\theta - h v)}{2 h}
+    """Returns the distance of ``product`` from the difference of gradients, as a share of that.
 
     Args:
-        loss: Computes the loss again, always on the same samples and random numbers.
+        loss: Computes the loss again, always on the same samples.
         parameters: Name to leaf tensor; changed while measuring and copied back, bit for bit.
         v: The direction.
         product: What `Hessian.product` (v) gave.
-        steps: Two step lengths, as a share of the parameters' norm; the better one counts, since a
-            single one can be far off in float32.
+
+    Raises:
+        MeasurementError: Where there is nothing to compare with: a direction of zeros, or
+            differences that no two step lengths agree on (`CentralDifference`).
     """
-    names = [name for name in parameters if name in product]
-    tensors = [parameters[name] for name in names]
-    saved = [p.detach().clone() for p in tensors]
-    theta_norm, v_norm = _norm(saved), _norm([v[n] for n in names if n in v])
-    if v_norm == 0.0:
+    if _norm([v[name] for name in product if name in v]) == 0.0:
         raise MeasurementError("a finite difference along zero says nothing; give a direction")
-
-    def gradient_at(h: float) -> tuple[Tensor | None, ...]:
-        # Through .data: version counters stay, so a live graph over these parameters survives.
-        for name, p, start in zip(names, tensors, saved, strict=True):
-            p.data.copy_(start)
-            if name in v:
-                p.data.add_(v[name].to(p), alpha=h)
-        with torch.enable_grad():
-            return torch.autograd.grad(loss(), tensors, allow_unused=True)
-
-    defects = []
-    try:
-        for share in steps:
-            h = share * max(theta_norm, 1.0) / v_norm
-            pairs = zip(gradient_at(h), gradient_at(-h), strict=True)
-            differences = [
-                (up - down) / (2.0 * h) if up is not None and down is not None else None
-                for up, down in pairs
-            ]
-            wrong = [
-                product[name] - difference if difference is not None else product[name]
-                for name, difference in zip(names, differences, strict=True)
-            ]
-            size = _norm([d for d in differences if d is not None])
-            defects.append(_norm(wrong) / size if size > 0.0 else math.inf * _norm(wrong))
-    finally:
-        for p, start in zip(tensors, saved, strict=True):
-            p.data.copy_(start)
-    return min(defects)
+    with CentralDifference(loss, parameters) as operator:
+        difference = operator.product(v, list(product))
+    size = _norm(list(difference.values()))
+    wrong = _norm([product[name] - difference[name] for name in difference])
+    if wrong == 0.0:
+        return 0.0
+    return wrong / size if size > 0.0 else math.inf
 
 
 def _norm(tensors: list[Tensor]) -> float:
