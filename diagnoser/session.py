@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diagnoser.curvature import ProbeSet
 from diagnoser.diagnosis import default_rules, diagnose
 from diagnoser.errors import DiagnoserError, MeasurementError, RunLogError, UsageError
-from diagnoser.monitor import Interception, Monitor, Schedule
+from diagnoser.monitor import EVERYTHING, Interception, Monitor, Schedule
 from diagnoser.report import finding_line, write_run
 from diagnoser.rules import Rule
 from diagnoser.runlog import Recording, RecordingBuilder, RunLogWriter
@@ -51,6 +51,7 @@ class Watch:
         probe: ProbeSet | None = None,
         overhead: float = 0.10,
         every: int | None = None,
+        at: Mapping[int, Collection[str]] | None = None,
         rules: Path | str | None = None,
         name: str = "run",
         header: Mapping[str, Any] | None = None,
@@ -60,6 +61,7 @@ class Watch:
             raise UsageError(f"overhead={overhead}: a share of training time, 0.10 for 10 %")
         if every is not None and every < 2:
             raise UsageError(f"every={every}: a measurement takes two steps; give 2 or more")
+        _check_at(at, every)
         self.directory: Path | None = None
         self._off = switched_off()
         self._finished = False
@@ -73,7 +75,7 @@ class Watch:
         self._rules = default_rules(None if rules is None else Path(rules))
         self.directory = (Path(out) if out is not None else new_run_directory(name)).absolute()
         self._log = RunLogWriter(self.directory, self.directory.name, dict(header or {}))
-        self._schedule = Schedule(overhead=overhead, every=every)
+        self._schedule = Schedule(overhead=overhead, every=every, at=dict(at or {}))
         self._interception = Interception(self)
         self._monitor = Monitor(
             self._log,
@@ -213,6 +215,18 @@ class Watch:
             self._announce(line)
 
 
+def _check_at(at: Mapping[int, Collection[str]] | None, every: int | None) -> None:
+    if at is None:
+        return
+    if every is not None:
+        raise UsageError("every= and at= exclude each other: give one of them")
+    for step, turns in at.items():
+        if step < 0 or step - 1 in at:
+            raise UsageError(f"at=: step {step}: a measurement takes two steps, the first is 0")
+        if isinstance(turns, str) or not set(turns) <= set(EVERYTHING):
+            raise UsageError(f"at=: step {step}: {turns!r} is none of {', '.join(EVERYTHING)}")
+
+
 def _nothing() -> Recording:
     builder = RecordingBuilder({"run": "off", "header": {}})
     message = "watching is switched off: DIAGNOSER_OFF is set"
@@ -260,6 +274,7 @@ def watch(
     out: Path | str | None = None,
     overhead: float = 0.10,
     every: int | None = None,
+    at: Mapping[int, Collection[str]] | None = None,
     rules: Path | str | None = None,
     verbose: bool = True,
 ) -> Watch:
@@ -290,6 +305,9 @@ def watch(
         overhead: Share of training time that measuring may take. Eight curvature measurements are
             made in any run of 200 steps even where that exceeds it; the log then says so.
         every: Measure everything each that many steps, whatever it costs.
+        at: Measure at these steps instead, whatever it costs; beside what every measurement holds,
+            each names what else it measures: ``{10: ("spectrum",), 40: ("interaction",), 70: ()}``.
+            A measurement takes its step and the next.
         rules: A directory of rules, or the name of a shipped family.
         verbose: Print findings to stderr as they appear.
 
@@ -320,6 +338,7 @@ def watch(
         probe=samples,
         overhead=overhead,
         every=every,
+        at=at,
         rules=rules,
         announce=to_stderr() if verbose else None,
     )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diagnoser.monitor import Plan, Schedule
+from diagnoser.monitor import EVERYTHING, Plan, Schedule
 from diagnoser.monitor.schedule import MOST_TRIGGERED, TRIGGER_GAP
 
 
@@ -105,6 +105,21 @@ def test_every_measures_everything_over_two_steps(every: int) -> None:
         assert plan.follow == (step % every == 1)
         full = plan.curvature and plan.spectrum and plan.interaction
         assert full == bool(plan) == (step % every in (0, 1))
+
+
+@given(
+    st.dictionaries(st.integers(0, 50).map(lambda i: 2 * i), st.sets(st.sampled_from(EVERYTHING)))
+)
+def test_forced_steps_measure_what_each_names_and_nothing_else_is_measured(at) -> None:
+    schedule = Schedule(0.10, at=at)
+    costs = dict.fromkeys(("sample", "spectrum", "interaction"), 0.0)
+    for step, plan in enumerate(simulate(schedule, 101, 0.05, costs)):
+        turns = at.get(step - step % 2) if at else None
+        if at:
+            assert bool(plan) == (turns is not None)
+        if turns is not None:
+            assert plan.statistics == (step in at) and plan.curvature
+            assert (plan.spectrum, plan.interaction) == tuple(t in turns for t in EVERYTHING)
 
 
 def test_a_sample_is_two_neighbouring_steps_with_one_plan() -> None:

@@ -131,6 +131,32 @@ def test_every_measures_everything_at_that_distance(tmp_path):
         assert steps == [0, 4, 8, 12, 16], quantity
 
 
+def test_at_measures_at_its_steps_what_each_names(tmp_path):
+    training, at = Training(), {3: ("spectrum",), 9: ("interaction",), 12: ()}
+    with watch(training.model, at=at, out=tmp_path / "run", verbose=False) as watched:
+        for _ in range(18):
+            training.step()
+    log = watched.log
+    assert log.series("update_curvature", "0").step.tolist() == [3, 9, 12]
+    assert log.series("lambda_max", "0").step.tolist() == [3]
+    assert log.series("coupling", "0", "3").step.tolist() == [9]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"at": {3: ()}, "every": 4}, "exclude each other"),
+        ({"at": {3: (), 4: ()}}, "takes two steps"),
+        ({"at": {-1: ()}}, "the first is 0"),
+        ({"at": {3: ("spectra",)}}, "spectra"),
+        ({"at": {3: "spectrum"}}, "none of"),
+    ],
+)
+def test_forced_steps_that_make_no_sense_are_refused(tmp_path, arguments, said):
+    with pytest.raises(UsageError, match=said):
+        watch(Training().model, out=tmp_path / "run", verbose=False, **arguments)
+
+
 def test_without_arguments_model_and_optimizer_are_found(tmp_path):
     with watch(out=tmp_path / "run", verbose=False) as watched:
         training = Training()

@@ -8,6 +8,7 @@ it is taken at once, on credit, and later ones wait until it is paid for.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 GUARANTEED_STATISTICS = (0, 2, 5, 10, 20, 35, 50, 75, 100, 125, 150, 175, 198)
@@ -19,6 +20,7 @@ MOST_TRIGGERED = 8  # samples of a run
 TRIGGER_GAP = 10  # steps between two of them
 STEPS_IN_ADVANCE = 400  # whose allowance triggered samples may spend before it is earned
 TURNS = ("sample", "spectrum", "sample", "interaction")
+EVERYTHING = ("spectrum", "interaction")  # beside what every sample measures
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,8 @@ class Schedule:
     ``overhead`` is the share of training time that measuring may take; guaranteed measurements are
     made even beyond it. At steps shorter than 30 ms a sample costs several steps whatever is done,
     so there the guaranteed ones are kept apart and the budget is at most 100 microseconds a step.
-    ``every`` forces a full sample every that many steps instead of the budget.
+    ``every`` forces a full sample every that many steps instead of the budget; ``at`` forces
+    samples at its steps, each with the turns it names beside them, whatever they cost.
 
     Triggered samples have an account of their own. It may never exceed what the budget allows for
     all steps so far and the next `STEPS_IN_ADVANCE`, so that they are there early in a run, when
@@ -57,6 +60,7 @@ class Schedule:
 
     overhead: float = 0.10
     every: int | None = None
+    at: Mapping[int, Collection[str]] = field(default_factory=dict)
     training_s: float = 0.0
     guaranteed_s: float = 0.0
     bought_s: float = 0.0
@@ -76,11 +80,20 @@ class Schedule:
         if self._pending is not None:  # the second step of a sample
             plan, self._pending = self._pending, None
             return plan
-        if self.every is not None:
-            if step % self.every:
+        if self.forced:
+            turns = self._forced_at(step)
+            if turns is None:
                 return Plan()
-            return self._sample(step, Plan(follow=True, curvature=True, spectrum=True,
-                                           interaction=True, guaranteed=True))  # fmt: skip
+            return self._sample(
+                step,
+                Plan(
+                    follow=True,
+                    curvature=True,
+                    spectrum="spectrum" in turns,
+                    interaction="interaction" in turns,
+                    guaranteed=True,
+                ),
+            )
         if step in GUARANTEED_STATISTICS:
             curvature = step in GUARANTEED_CURVATURE or self._asked
             return self._sample(step, Plan(follow=True, curvature=curvature, guaranteed=True))
@@ -102,6 +115,11 @@ class Schedule:
             ),  # fmt: skip
         )
 
+    def _forced_at(self, step: int) -> Collection[str] | None:
+        if self.every is None:
+            return self.at.get(step)
+        return None if step % self.every else EVERYTHING
+
     def ask(self, step: int) -> bool:
         """Asks at ``step`` for a sample at once; returns whether it is granted.
 
@@ -109,7 +127,7 @@ class Schedule:
         steps of the last one granted, after `MOST_TRIGGERED` of them, and beyond their account.
         """
         if (
-            self.every is not None
+            self.forced
             or self._triggered >= MOST_TRIGGERED
             or step + 1 - self._last_triggered < TRIGGER_GAP
             or self.triggered_s + self.expected_cost("sample")
@@ -126,6 +144,11 @@ class Schedule:
             self._asked, self._last_triggered = False, step
         self._pending, self._last_sample = second, step
         return replace(second, statistics=True, follow=False)
+
+    @property
+    def forced(self) -> bool:
+        """Whether full samples are taken at given steps instead of what the budget allows."""
+        return self.every is not None or bool(self.at)
 
     @property
     def step_s(self) -> float:

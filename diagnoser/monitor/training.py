@@ -264,7 +264,7 @@ class Monitor:
 
     def _say_what_the_budget_was(self) -> None:
         training, budget = self.schedule.training_s, self.schedule.overhead
-        if training > 0 and self._spent > budget * training and self.schedule.every is None:
+        if training > 0 and self._spent > budget * training and not self.schedule.forced:
             self.log.event(
                 self.step,
                 "over_budget",
@@ -441,8 +441,8 @@ class Monitor:
         alternation.
         """
         components = sample.measurable(operator)
-        self._suspect_was_last &= self.schedule.every is None and bool(components)
-        if self.schedule.every is not None or not components:
+        self._suspect_was_last &= not self.schedule.forced and bool(components)
+        if self.schedule.forced or not components:
             return components, PRODUCTS
         suspected = [
             component
