@@ -59,6 +59,7 @@ KNOWN = {
     "loss_fall": case(CLOCK, {"model": [NAN, 0.5, 0.75, 0.5]}, losses=CURVE),
     "loss_rise": case(CLOCK, {"model": [0, 0, 0, 0.25]}, losses=CURVE),
     "loss_spread": case(CLOCK, {"model": [0, 0, 0, math.sqrt(0.6) / 2]}, losses=CURVE),
+    "loss_trend": case(CLOCK, {"model": [NAN, 0.5, 0.5, 0.0]}, losses=CURVE),
     "loss_to_chance": case(
         {"classes": {"model": [None, 2.0, 4.0, 4.0]}},
         {"model": [4 / math.log(4), 2 / math.log(4), 1 / math.log(4), 2 / math.log(4)]},
@@ -202,6 +203,13 @@ KNOWN = {
         {"head": [1.5, -0.5]},
     ),
     "trace_z": case({"trace": {"head": [6.0, -1.0]}}, {"head": [3.0, -0.5]}, std_error=2.0),
+    # components: what their weights multiply
+    "input_scale": handed_on("input_scale", "head", [1.0, 3.0]),
+    "input_scale_to_start": case(
+        {"input_scale": {"head": [None, 2.0, 1.0]}}, {"head": [NAN, 1.0, 0.5]}
+    ),
+    "input_similarity": handed_on("input_similarity", "head", [0.1, -0.2]),
+    "input_zero_share": handed_on("input_zero_share", "head", [0.0, 1.0]),
     # attention layers
     "attention_entropy": handed_on("attention_entropy", "a", [0.9, 0.1]),
     "initial_attention_entropy": case(
@@ -218,6 +226,14 @@ KNOWN = {
     "coupling_share": case(
         {"coupling_share": {"a.query - head": [0.2, -0.3], "embed - head": [None, 0.1]}},
         {"a.query - head": [0.2, -0.3], "embed - head": [NAN, 0.1]},
+    ),
+    "coupling_to_curvature": case(
+        {
+            "coupling_norm": {"a.query - head": [6.0, 3.0]},
+            "lambda_min": {"a.query": [-4.0, -1.0], "head": [0.0, None]},
+            "lambda_max": {"a.query": [1.0, None], "head": [9.0, 9.0]},
+        },
+        {"a.query - head": [1.0, 1.0]},
     ),
 }
 
@@ -281,7 +297,7 @@ def test_an_exact_trace_has_no_standard_error_to_be_measured_in() -> None:
 # -- losses ----------------------------------------------------------------------------------------
 
 OF_THE_LOSS = (
-    *("loss_fall", "loss_rise", "loss_spread", "loss_to_chance"),
+    *("loss_fall", "loss_rise", "loss_spread", "loss_trend", "loss_to_chance"),
     *("update_curvature_share", "component_curvature_share"),
 )
 WITH_LOSS = {
@@ -304,7 +320,7 @@ def test_rivals_have_no_common_loss() -> None:
 @pytest.mark.parametrize("first", [0.0, -1.0, math.inf, NAN])
 def test_without_a_positive_finite_first_loss_nothing_is_measured_against_it(first: float) -> None:
     recording = made_recording(COMPONENTS, WITH_LOSS, [first, *CURVE[1:]])
-    against_the_first = set(OF_THE_LOSS) - {"loss_spread", "loss_to_chance"}
+    against_the_first = set(OF_THE_LOSS) - {"loss_spread", "loss_trend", "loss_to_chance"}
     assert unknown(recording, sorted(against_the_first)) == against_the_first
 
 
@@ -347,6 +363,7 @@ UNIT_OF_LOSS = {
     "trace": 1,
     "lambda_max": 1,
     "lambda_min": 1,
+    "coupling_norm": 1,
     "learning_rate": -1,  # of plain gradient descent
 }
 UNIT_OF_WEIGHTS = {
@@ -357,6 +374,7 @@ UNIT_OF_WEIGHTS = {
     "trace": -2,
     "lambda_max": -2,
     "lambda_min": -2,
+    "coupling_norm": -2,
     "learning_rate": 2,
 }
 # Absolute on purpose: guessing has a loss of its own, initialisation a scale, AutoTrainer a limit.
@@ -366,7 +384,7 @@ WITH_UNIT_OF_WEIGHTS = {"initial_weight_scale": 1, "first_gradient_norm": -1}
 SHARES = (  # quantities between 0 and 1
     *("trainable", "optimized", "reached", "zero_share", "carried_gradients"),
     *("probabilities_into_loss", "attention_entropy", "empty_rows", "gradient_cosine"),
-    "coupling_share",
+    *("coupling_share", "input_similarity", "input_zero_share"),
 )
 SIGNED = ("update_curvature", "trace", "lambda_min", "step_sharpness", "step_lambda", "overshoot")
 PLACES = (*COMPONENTS, "model", "a.query - head")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diagnoser.statistics import AttentionStatistics, read_graph
+from diagnoser.statistics import AttentionStatistics, InputStatistics, read_graph
 
 torch.set_num_threads(1)
 
@@ -233,3 +233,50 @@ def test_reading_leaves_the_graph_alive() -> None:
     read_graph(loss)
     loss.backward()
     assert all(p.grad is not None for layer in layers for p in layer.parameters())
+
+
+# -- what weights multiply -------------------------------------------------------------------------
+
+
+def of_parameter(loss: Tensor, parameter: Tensor) -> InputStatistics:
+    (found,) = [i for i in read_graph(loss).inputs if i.parameter is parameter]
+    return found
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5)])
+def test_the_input_of_a_linear_layer_is_summed_up(bias, shape):
+    torch.manual_seed(0)
+    hidden = nn.Linear(5, 5)(torch.randn(shape)).relu()
+    layer = nn.Linear(5, 2, bias=bias)
+    found = of_parameter(layer(hidden).sum(), layer.weight)
+
+    rows = hidden.detach().reshape(-1, 5)
+    cosine = F.cosine_similarity(rows[:, None], rows[None], dim=-1)
+    different = cosine[~torch.eye(len(rows), dtype=torch.bool)].mean()
+    assert found.scale == pytest.approx(rows.square().mean().sqrt().item(), rel=1e-6)
+    assert found.similarity == pytest.approx(different.item(), abs=1e-6)
+    assert found.zero_share == pytest.approx((rows == 0).float().mean().item(), abs=1e-7)
+
+
+def test_the_features_of_a_convolution_are_its_channels():
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, 4, 4)
+    layer = nn.Conv2d(3, 2, 3)
+    found = of_parameter(layer(images).sum(), layer.weight)
+    rows = images.movedim(1, -1).reshape(-1, 3)
+    assert found.scale == pytest.approx(rows.square().mean().sqrt().item(), rel=1e-6)
+
+
+def test_rows_that_all_say_the_same_are_similar_and_zero_rows_are_left_out():
+    layer = nn.Linear(2, 1)
+    same = torch.tensor([[1.0, 2.0], [2.0, 4.0], [0.0, 0.0]])
+    assert of_parameter(layer(same).sum(), layer.weight).similarity == pytest.approx(1.0)
+    alone = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    assert math.isnan(of_parameter(layer(alone).sum(), layer.weight).similarity)
+
+
+def test_a_weight_without_a_gradient_kept_nothing_of_its_input():
+    layer = nn.Linear(2, 2)
+    layer.weight.requires_grad_(False)
+    assert read_graph(layer(torch.ones(3, 2)).sum()).inputs == []

@@ -267,6 +267,28 @@ def test_series_are_of_one_quantity_of_one_component_or_pair(tmp_path: Path) -> 
         assert len(recording.series(*never).step) == 0
 
 
+def test_what_was_known_at_a_step_is_what_a_log_cut_there_holds(tmp_path: Path) -> None:
+    whole, cut = (RunLogWriter(tmp_path / name, "run", {}) for name in ("whole", "cut"))
+    for step in range(20):
+        for log in (whole, cut) if step <= 11 else (whole,):
+            log.loss(step, 1.0 / (step + 1), 0.5)
+            if step % 5 == 0:
+                rows = [Measurement(step, "trace", "model", Estimate(float(step)))]
+                log.measurement(step, rows, 0.25)
+                log.fact(step, "seen", "model", 1.0, {})
+                log.event(step, "trigger", "a spike", {})
+    whole.end(0, None)
+    known, expected = whole.recording().until(11), cut.recording()
+    assert (known.facts, known.events, known.ending) == (expected.facts, expected.events, None)
+    for name in ("losses", "accuracies", "measured"):
+        for column in ("step", "value"):
+            ours = getattr(getattr(known, name), column)
+            np.testing.assert_array_equal(ours, getattr(getattr(expected, name), column))
+    for column in ("step", "quantity", "component", "value", "std_error"):
+        ours = getattr(known.measurements, column)
+        np.testing.assert_array_equal(ours, getattr(expected.measurements, column))
+
+
 def test_a_recording_cannot_be_changed_by_what_comes_later(tmp_path: Path) -> None:
     with RunLogWriter(tmp_path, "run", {}) as writer:
         writer.measurement(1, [measured(1)], 0.1)

@@ -103,7 +103,7 @@ def test_every_measures_everything_over_two_steps(every: int) -> None:
     for step, plan in enumerate(simulate(schedule, 101, 0.05, costs)):
         assert plan.statistics == (step % every == 0)
         assert plan.follow == (step % every == 1)
-        full = plan.curvature and plan.spectrum and plan.interaction
+        full = plan.curvature and plan.spectrum and plan.interaction and plan.norms
         assert full == bool(plan) == (step % every in (0, 1))
 
 
@@ -119,7 +119,8 @@ def test_forced_steps_measure_what_each_names_and_nothing_else_is_measured(at) -
             assert bool(plan) == (turns is not None)
         if turns is not None:
             assert plan.statistics == (step in at) and plan.curvature
-            assert (plan.spectrum, plan.interaction) == tuple(t in turns for t in EVERYTHING)
+            found = (plan.spectrum, plan.interaction, plan.norms)
+            assert found == tuple(turn in turns for turn in EVERYTHING)
 
 
 def test_a_sample_is_two_neighbouring_steps_with_one_plan() -> None:

@@ -129,10 +129,11 @@ def test_every_measures_everything_at_that_distance(tmp_path):
     for quantity in ("update_curvature", "trace", "lambda_max", "gradient_norm"):
         steps = watched.log.series(quantity, "0").step.tolist()
         assert steps == [0, 4, 8, 12, 16], quantity
+    assert watched.log.series("coupling_norm", "0", "3").step.tolist() == [0, 4, 8, 12, 16]
 
 
 def test_at_measures_at_its_steps_what_each_names(tmp_path):
-    training, at = Training(), {3: ("spectrum",), 9: ("interaction",), 12: ()}
+    training, at = Training(), {3: ("spectrum",), 9: ("interaction", "norms"), 12: ()}
     with watch(training.model, at=at, out=tmp_path / "run", verbose=False) as watched:
         for _ in range(18):
             training.step()
@@ -140,6 +141,7 @@ def test_at_measures_at_its_steps_what_each_names(tmp_path):
     assert log.series("update_curvature", "0").step.tolist() == [3, 9, 12]
     assert log.series("lambda_max", "0").step.tolist() == [3]
     assert log.series("coupling", "0", "3").step.tolist() == [9]
+    assert log.series("coupling_norm", "0", "3").step.tolist() == [9]
 
 
 @pytest.mark.parametrize(

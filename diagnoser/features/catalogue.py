@@ -62,6 +62,14 @@ FEATURES: Final[Mapping[str, Entry]] = {
             "standard deviation over absolute mean of the loss in its window",
         ),
         entry(
+            "loss_trend",
+            "run",
+            f.loss_trend,
+            (),
+            "share of its loss at half of the steps so far that the run has lost since",
+            low=-np.inf,
+        ),
+        entry(
             "loss_to_chance",
             "run",
             f.loss_to_chance,
@@ -405,6 +413,39 @@ FEATURES: Final[Mapping[str, Entry]] = {
             "trace over its standard error",
             low=-np.inf,
         ),
+        # components: what their weights multiply
+        entry(
+            "input_scale",
+            "component",
+            f.own("input_scale"),
+            ("input_scale",),
+            "root mean square of the activations that go in: 1 behind a norm",
+        ),
+        entry(
+            "input_scale_to_start",
+            "component",
+            f.to_start("input_scale"),
+            ("input_scale",),
+            "the same over its first value",
+        ),
+        entry(
+            "input_similarity",
+            "component",
+            f.own("input_similarity"),
+            ("input_similarity",),
+            "mean cosine of two rows that go in: 1 where all say the same (Dong et al. 2021)",
+            low=-1,
+            high=1.001,
+        ),
+        entry(
+            "input_zero_share",
+            "component",
+            f.own("input_zero_share"),
+            ("input_zero_share",),
+            "share of exact zeros in what goes in",
+            low=0,
+            high=1,
+        ),
         # attention layers
         entry(
             "attention_entropy",
@@ -466,6 +507,14 @@ FEATURES: Final[Mapping[str, Entry]] = {
             "d_i'H_ij d_j along the update over the sum of all |d_k'H_kl d_l|",
             low=-1,
             high=1,
+        ),
+        entry(
+            "coupling_to_curvature",
+            "pair",
+            f.coupling_to_curvature,
+            ("coupling_norm", "lambda_min", "lambda_max"),
+            "Frobenius norm of the cross block over the geometric mean of both blocks' largest "
+            "absolute eigenvalues",
         ),
     )
 }

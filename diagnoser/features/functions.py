@@ -119,6 +119,13 @@ def loss_spread(s: Source) -> Column:
     return Column.exact(quotient(spread, np.abs(s.loss)))
 
 
+def loss_trend(s: Source) -> Column:
+    half = np.searchsorted(s.steps, s.steps // 2, side="right") - 1
+    earlier = np.where(half >= 0, s.loss[:, half], np.nan)
+    kept = quotient(s.loss, np.where(earlier > 0, earlier, np.nan))
+    return Column.exact(np.where(s.steps < INITIAL_LOSSES, np.nan, 1.0 - kept))
+
+
 def loss_to_chance(s: Source) -> Column:
     classes = s.run("classes").value
     known = classes[~np.isnan(classes)]
@@ -263,6 +270,21 @@ def negative_curvature_ratio(s: Source) -> Column:
     scale = np.abs(high.value)  # without any positive curvature there is nothing to compare with
     return Column(
         quotient(-low.value, scale), quotient(-low.upper, scale), quotient(-low.lower, scale)
+    )
+
+
+def coupling_to_curvature(s: Source) -> Column:
+    low, high = s.component("lambda_min").value, s.component("lambda_max").value
+    largest = np.fmax(np.abs(low), np.abs(high))  # of a block; NaN where neither end is known
+    row = {name: i for i, name in enumerate(s.names)}
+    unknown = np.full(len(s.steps), np.nan)
+    both = [[largest[row[name]] if name in row else unknown for name in pair] for pair in s.pairs]
+    mean = np.array([np.sqrt(a * b) for a, b in both]).reshape(len(both), len(s.steps))
+    coupling = s.pair("coupling_norm")
+    return Column(
+        quotient(coupling.value, mean),
+        quotient(coupling.lower, mean),
+        quotient(coupling.upper, mean),
     )
 
 

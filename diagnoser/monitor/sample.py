@@ -27,6 +27,7 @@ from diagnoser.curvature import (
     block_trace,
     coupling_matrix,
     coupling_norm,
+    coupling_norms,
     extreme_eigenvalues,
     forms_along,
     forms_of,
@@ -49,6 +50,7 @@ from diagnoser.vocabulary import MODEL
 Array = NDArray[np.float64]
 
 
+COUPLING_COLUMNS = 8  # products a component, half of them with its leading Ritz vectors
 FRESH_STEPS = 3  # since the ends of a block were found: near enough to start from them
 GOOD_PREDICTION = 0.99  # cosine between the predicted and the real step
 
@@ -141,6 +143,20 @@ class Sample:
                 if not math.isnan(value):
                     estimate = Estimate(float(value))
                     self.rows.append(Measurement(self.step, quantity, layer, estimate))
+
+        self._read_inputs(reading)
+
+    def _read_inputs(self, reading: GraphReading) -> None:
+        """Adds what the weights of each component multiply."""
+        names = self.subject.name_of
+        found = {names[id(i.parameter)]: i for i in reading.inputs if id(i.parameter) in names}
+        own = [
+            next((found[part.parameter] for part in c.parts if part.parameter in found), None)
+            for c in self.subject.components
+        ]
+        for quantity in ("scale", "similarity", "zero_share"):
+            values = [math.nan if i is None else getattr(i, quantity) for i in own]
+            self.components(f"input_{quantity}", np.array(values))
 
     def read_gradients(self, *, keep: bool) -> None:
         """Reads the gradients that the backward has just left, before anything clips them."""
@@ -323,7 +339,7 @@ class Sample:
         generator: torch.Generator,
         products: int = 12,
         known: KnownEnds | None = None,
-    ) -> None:
+    ) -> dict[str, Tensor]:
         """Trace and both ends of the spectrum of the diagonal blocks of some components.
 
         ``step_lambda`` is learning rate times the largest eigenvalue, preconditioned as the
@@ -331,14 +347,19 @@ class Sample:
         At most ``products`` products are taken for each of the three. Where the samples of the
         loss can be told apart, each has an error for other samples, too. Ends that ``known`` has
         of a few steps ago are where the search starts.
+
+        Returns:
+            By component, the leading Ritz vectors (rows) that coupling norms may begin with.
         """
         known = known if known is not None else KnownEnds()
+        leading: dict[str, Tensor] = {}
         forms = forms_of(hessian, generator) if isinstance(hessian, Hessian) else None
         for component in components:
             block, name = component.parts, component.name
             covered = forms is not None and all(f.covers(block, generator) for f in forms)
             own = forms if covered else None
             ends = self._ends(hessian, component, generator, products, known)
+            leading[name] = ends.dominant(COUPLING_COLUMNS // 2)
             for quantity, end, vector in (
                 ("lambda_max", ends.lambda_max, ends.vector_max),
                 ("lambda_min", ends.lambda_min, ends.vector_min),
@@ -368,6 +389,7 @@ class Sample:
                 )
             factor = rule.learning_rate * rule.factor
             self._estimate("step_lambda", name, ends.lambda_max, factor)
+        return leading
 
     def _ends(
         self,
@@ -419,6 +441,17 @@ class Sample:
         found = coupling_norm(hessian, component.parts, others, generator)
         for name, estimate in found.items():
             a, b = sorted((component.name, name), key=order.__getitem__)
+            self._estimate("coupling_norm", a, estimate, other=b)
+
+    def read_all_coupling_norms(
+        self, hessian: Operator, generator: torch.Generator, bases: Mapping[str, Tensor]
+    ) -> None:
+        """Adds the norms of the cross blocks of all pairs; ``bases`` as `read_spectrum` gives."""
+        components = self.measurable(hessian)
+        norms_of = coupling_norms(
+            hessian, components, generator, bases=bases, columns=COUPLING_COLUMNS
+        )
+        for (a, b), estimate in norms_of.items():
             self._estimate("coupling_norm", a, estimate, other=b)
 
     def read_interaction(self, hessian: Operator, direction: Mapping[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ MOST_TRIGGERED = 8  # samples of a run
 TRIGGER_GAP = 10  # steps between two of them
 STEPS_IN_ADVANCE = 400  # whose allowance triggered samples may spend before it is earned
 TURNS = ("sample", "spectrum", "sample", "interaction")
-EVERYTHING = ("spectrum", "interaction")  # beside what every sample measures
+EVERYTHING = ("spectrum", "interaction", "norms")  # beside what every sample measures
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class Plan:
     curvature: bool = False
     spectrum: bool = False
     interaction: bool = False
+    norms: bool = False  # of the coupling of all pairs; only where it is forced
     guaranteed: bool = False
     triggered: bool = False
 
@@ -91,6 +92,7 @@ class Schedule:
                     curvature=True,
                     spectrum="spectrum" in turns,
                     interaction="interaction" in turns,
+                    norms="norms" in turns,
                     guaranteed=True,
                 ),
             )

@@ -402,6 +402,7 @@ class Monitor:
             return
         sample.place = place if operator.method == "exact" else f"{place}, {operator.method}"
         sample.read_curvature(operator, direction)
+        bases: dict[str, Tensor] = {}
         if self._plan.spectrum or self._plan.interaction:
             sample.read_gradient_curvature(operator)
         if self._plan.spectrum:
@@ -409,11 +410,15 @@ class Monitor:
                 for optimizer in self._optimizers():
                     sample.rules |= step_rules(optimizer, sample.subject.name_of)
             chosen, products = self._chosen(sample, operator)
-            sample.read_spectrum(operator, chosen, self._generator, products, self._known_ends)
+            bases = sample.read_spectrum(
+                operator, chosen, self._generator, products, self._known_ends
+            )
             if self._suspect_was_last:
                 sample.read_coupling_norms(operator, chosen[0], self._generator)
         if self._plan.interaction:
             sample.read_interaction(operator, direction)
+        if self._plan.norms:
+            sample.read_all_coupling_norms(operator, self._generator, bases)
 
     def _tell(self, notes: list[str]) -> None:
         """Logs what is said about how curvature is measured, each once."""

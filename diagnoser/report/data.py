@@ -21,6 +21,8 @@ QUANTITIES: Final[dict[str, tuple[str, str]]] = {
     "step_sharpness": ("step sharpness", "step size x curvature / what is stable, no unit"),
     "attention_entropy": ("attention entropy", "share of the largest possible, no unit"),
     "attention_logit": ("attention logit", "largest absolute value before the softmax, no unit"),
+    "input_scale": ("input scale", "root mean square of what the weights multiply"),
+    "input_similarity": ("input similarity", "mean cosine of two rows that go in, no unit"),
     "update_curvature": ("curvature along the step", "second-order change, units of the loss"),
     "lambda_max": ("largest curvature", "loss / weight², largest eigenvalue of the Hessian block"),
     "lambda_min": ("smallest curvature", "loss / weight², smallest eigenvalue of the block"),

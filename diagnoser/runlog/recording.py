@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -159,6 +159,22 @@ class Recording:
             rows.value[chosen],
             rows.std_error[chosen],
             rows.batch_std_error[chosen],
+        )
+
+    def until(self, step: int) -> Recording:
+        """Returns what was known when ``step`` had just been made: a run that still goes on."""
+        rows = self.measurements
+        known = rows.step <= step
+        columns = {name: getattr(rows, name)[known] for name in COLUMNS}
+        return replace(
+            self,
+            facts=tuple(fact for fact in self.facts if fact.step <= step),
+            losses=_head(self.losses, step),
+            accuracies=_head(self.accuracies, step),
+            measurements=replace(rows, **columns),
+            measured=_head(self.measured, step),
+            events=tuple(event for event in self.events if event.step <= step),
+            ending=None,
         )
 
     def frame(self) -> Any:
@@ -354,6 +370,10 @@ def _mapping(value: Any) -> Data:
     if not isinstance(value, dict):
         raise TypeError("not a mapping")
     return value
+
+
+def _head(curve: Curve, step: int) -> Curve:
+    return Curve(curve.step[curve.step <= step], curve.value[curve.step <= step])
 
 
 def _frozen(column: array[Any]) -> NDArray[Any]:

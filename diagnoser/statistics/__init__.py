@@ -4,13 +4,10 @@ Everything here only reads. Per-component numbers are taken with one fused call 
 and one read-out, so that a device is synchronised once a measurement.
 """
 
-from diagnoser.statistics.graph import (
-    AttentionStatistics,
-    GraphReading,
-    LossReading,
-    read_graph,
-    signed,
-)
+from diagnoser.statistics.activations import InputStatistics
+from diagnoser.statistics.attention import AttentionStatistics
+from diagnoser.statistics.graph import GraphReading, LossReading, read_graph
+from diagnoser.statistics.nodes import signed
 from diagnoser.statistics.norms import (
     PartList,
     cosines,
@@ -24,6 +21,7 @@ from diagnoser.statistics.norms import (
 __all__ = [
     "AttentionStatistics",
     "GraphReading",
+    "InputStatistics",
     "LossReading",
     "PartList",
     "cosines",
