@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diagnoser.statistics.nodes import MOST_ELEMENTS, Node, operation_of
+from diagnoser.statistics.nodes import Node, operation_of
 
+MOST_ELEMENTS = 131_072  # that are looked at of one input
 SAVED_INPUT = {"Mm": "_saved_self", "Addmm": "_saved_mat1", "Convolution": "_saved_input"}
 
 
@@ -38,20 +40,28 @@ def saved_input(node: Node) -> Tensor | None:
     return saved.reshape(-1, saved.shape[-1])
 
 
-def read_input(parameter: Tensor, rows: Tensor) -> InputStatistics:
-    """Sums up the input rows (rows, features) of a parameter; a long input by its first part."""
-    rows = rows[: max(2, MOST_ELEMENTS // rows.shape[1])].float()
+def read_inputs(found: Sequence[tuple[Tensor, Tensor]]) -> list[InputStatistics]:
+    """Sums up the input rows (rows, features) of parameters; of long inputs evenly spaced rows."""
+    if not found:
+        return []
+    numbers = torch.stack([_numbers(rows) for _, rows in found]).tolist()
+    return [
+        InputStatistics(parameter, *three)
+        for (parameter, _), three in zip(found, numbers, strict=True)
+    ]
+
+
+def _numbers(rows: Tensor) -> Tensor:
+    rows = rows[:: max(1, -(-rows.numel() // MOST_ELEMENTS))].float()
     length = rows.norm(dim=1, keepdim=True)
     unit = torch.where(length > 0, rows / length, 0.0)
     count = (length > 0).sum()
     # The mean cosine of different rows: the square of their sum holds each row with itself, too.
     total = unit.sum(dim=0).square().sum()
-    numbers = torch.stack(
+    return torch.stack(
         [
             rows.square().mean().sqrt(),
             torch.where(count > 1, (total - count) / (count * (count - 1)), torch.nan),
             (rows == 0).float().mean(),
         ]
     )
-    scale, similarity, zero_share = numbers.tolist()
-    return InputStatistics(parameter, scale, similarity, zero_share)

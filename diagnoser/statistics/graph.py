@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from diagnoser.statistics.activations import SAVED_INPUT, InputStatistics, read_input, saved_input
+from diagnoser.statistics.activations import SAVED_INPUT, InputStatistics, read_inputs, saved_input
 from diagnoser.statistics.attention import (
     AttentionStatistics,
     multiplies_values,
@@ -107,10 +107,8 @@ def read_graph(root: Tensor, *, values: bool = True) -> GraphReading:
                 reading.attention.append(read_softmax(node))
         for node in reversed(fused):
             reading.attention.append(read_fused(node))
-        for parameter, node in products.values():
-            rows = saved_input(node)
-            if rows is not None:
-                reading.inputs.append(read_input(parameter, rows))
+        saved = [(parameter, saved_input(node)) for parameter, node in products.values()]
+        reading.inputs = read_inputs([(p, rows) for p, rows in saved if rows is not None])
     return reading
 
 
