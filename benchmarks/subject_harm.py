@@ -32,6 +32,15 @@ from typing import Any
 import numpy as np
 import yaml
 
+from diagnoser.benchmark.harm import (
+    EFFECT_SIZE,
+    SIGNIFICANCE,
+    cohen_d,
+    equivalence_p,
+    holm,
+    sign_flip_p,
+)
+
 ROOT = Path(__file__).parents[1]
 SUBJECTS = ROOT / "benchmarks" / "subjects" / "faults.yaml"
 CASE = ROOT / "cases" / "han" / "case.yaml"
@@ -41,7 +50,6 @@ SUMMARY = ROOT / "benchmarks" / "results" / "subject_harm.json"
 
 HEALTHY = "none"
 FIRST_SEED = 1000  # smaller seeds belong to the evidence table and are not looked at here
-SIGNIFICANCE, EFFECT_SIZE = 0.05, 0.5
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,7 @@ def summarise(subject: Subject, runs: Iterable[Run]) -> dict[str, Any]:
     faults = {}
     for fault, twins in table.items():
         faulty = [run.accuracy for run in twins.values()]
-        same = max(sign_flip_p(margin / 2 - losses[fault]), sign_flip_p(margin / 2 + losses[fault]))
+        same = equivalence_p(losses[fault], margin / 2)
         loss, effect = float(losses[fault].mean()), cohen_d(score, faulty)
         if adjusted[fault] < SIGNIFICANCE and effect >= EFFECT_SIZE and loss >= margin:
             harm = "proven"
@@ -204,42 +212,6 @@ def spread(accuracies: Sequence[float]) -> dict[str, float]:
         "min": min(accuracies),
         "max": max(accuracies),
     }
-
-
-def sign_flip_p(differences: np.ndarray) -> float:
-    """Returns the exact one-sided p value of a mean of paired differences above zero.
-
-    Under the null each difference is as likely to have the other sign: p is the share of all 2^n
-    sign patterns whose sum is at least the observed one.
-
-    >>> sign_flip_p(np.array([0.1, 0.2, 0.3]))
-    0.125
-    """
-    patterns = np.arange(2 ** len(differences))[:, None] >> np.arange(len(differences)) & 1
-    sums = (1 - 2 * patterns) @ differences
-    return float(np.mean(sums >= differences.sum() - 1e-12))
-
-
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """Returns Holm's step-down adjusted p values (Scandinavian Journal of Statistics, 1979).
-
-    >>> holm({"a": 0.01, "b": 0.5, "c": 0.02})
-    {'a': 0.03, 'c': 0.04, 'b': 0.5}
-    """
-    adjusted, largest = {}, 0.0
-    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[name]))
-        adjusted[name] = largest
-    return adjusted
-
-
-def cohen_d(healthy: Sequence[float], faulty: Sequence[float]) -> float:
-    """Returns the difference of two means over their pooled standard deviation."""
-    pooled = (statistics.variance(healthy) + statistics.variance(faulty)) / 2
-    gap = statistics.fmean(healthy) - statistics.fmean(faulty)
-    if not pooled:
-        return math.copysign(math.inf, gap) if gap else 0.0
-    return gap / math.sqrt(pooled)
 
 
 if __name__ == "__main__":

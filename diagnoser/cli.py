@@ -1,4 +1,4 @@
-"""The command line: ``diagnoser run | diagnose | report | rules | case``."""
+"""The command line: ``diagnoser run | diagnose | report | rules | case | bench``."""
 
 from __future__ import annotations
 
@@ -157,7 +157,72 @@ def _parser() -> argparse.ArgumentParser:
     case_run.add_argument("--out", type=Path, metavar="DIR", help=out_help)
     case_run.add_argument("--exit-verdict", action="store_true", help=verdict_help)
     case_run.set_defaults(command=_case_run)
+
+    _add_bench(commands)
     return parser  # fmt: skip
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="runs with known mistakes: what tools are judged on",
+        description="Trains small subjects with and without known mistakes. What is finished is "
+        "kept and not made again; any of these commands can be stopped and given again.",
+    )
+    bench_actions = bench.add_subparsers(metavar="ACTION", required=True)
+    for name, says in (
+        ("plan", "how much would be run, and how long it takes"),
+        ("run", "make the runs under the monitor"),
+        ("truth", "make runs without the monitor, and prove which mistakes do harm"),
+    ):
+        action = bench_actions.add_parser(name, help=says)
+        _add_bench_options(action)
+        action.set_defaults(command=_bench, action=name)
+
+
+def _add_bench_options(action: argparse.ArgumentParser) -> None:
+    action.add_argument(
+        "--size", choices=("smoke", "small"), default="small", help="how much (default: small)"
+    )
+    action.add_argument(
+        "--out",
+        type=Path,
+        default=Path("diagnoser-bench"),
+        metavar="DIR",
+        help="where results are kept (default: diagnoser-bench)",
+    )
+    action.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at a time (default: the number of cores)"
+    )
+    action.add_argument(
+        "--minutes", type=float, metavar="M", help="begin nothing new after M minutes"
+    )
+    action.add_argument(
+        "--dask",
+        default="",
+        metavar="ADDRESS",
+        help="use the Dask cluster whose scheduler is at ADDRESS, such as tcp://host:8786",
+    )
+    action.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="SUBJECT",
+        help="this subject alone; may be given again",
+    )
+    action.add_argument(
+        "--operator",
+        action="append",
+        default=[],
+        metavar="ID",
+        help="this operator alone; may be given again",
+    )
+    action.add_argument(
+        "--catalogue",
+        default="",
+        metavar="MODULE:NAME",
+        help="subjects and operators of your own, a diagnoser.benchmark.configuration.Catalogue",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -294,6 +359,27 @@ def _case_run(arguments: argparse.Namespace) -> int:
     case = load_case(arguments.name)
     outcome = run_script(case.script, command_line(case, arguments.fault), out=arguments.out)
     return _end_of_run(outcome, exit_verdict=arguments.exit_verdict)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    try:
+        from diagnoser.benchmark import commands
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"bench needs the package {error.name}; run: pip install 'diagnoser[bench]'"
+        ) from error
+    request = commands.Request(
+        size=arguments.size,
+        out=arguments.out,
+        jobs=arguments.jobs,
+        minutes=arguments.minutes,
+        dask=arguments.dask,
+        only=tuple(arguments.only),
+        operators=tuple(arguments.operator),
+        catalogue=arguments.catalogue,
+    )
+    getattr(commands, arguments.action)(request)
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@
     │   ├── NewerRunError       written by a newer version
     │   └── DamagedRunError     readable in no part
     ├── RuleError           a rule file that cannot be used (path:line:column in the text)
-    └── MeasurementError    a quantity that cannot be measured here, and why
+    ├── MeasurementError    a quantity that cannot be measured here, and why
+    ├── InjectionError      a fault that cannot be injected here, or changed more than it says
+    ├── ClassifierError     a classifier file that cannot be used, or runs too few to learn from
+    └── BenchmarkError      a benchmark result that cannot be used, or a run that cannot be made
 
 The command line prints the text after ``diagnoser: `` and exits with 2. Nothing here ever reaches
 a user's training loop: the monitor turns its own failures into recorded events.
@@ -46,3 +49,15 @@ class RuleError(DiagnoserError):
 
 class MeasurementError(DiagnoserError):
     """A quantity that cannot be measured here; the text says why."""
+
+
+class InjectionError(DiagnoserError):
+    """A fault that cannot be injected here, or that changed something it does not name."""
+
+
+class ClassifierError(DiagnoserError):
+    """A classifier file that cannot be used, or too few runs to learn one from."""
+
+
+class BenchmarkError(DiagnoserError):
+    """A benchmark result that cannot be used, or a run that cannot be made."""

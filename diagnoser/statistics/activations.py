@@ -44,7 +44,8 @@ def read_inputs(found: Sequence[tuple[Tensor, Tensor]]) -> list[InputStatistics]
     """Sums up the input rows (rows, features) of parameters; of long inputs evenly spaced rows."""
     if not found:
         return []
-    numbers = torch.stack([_numbers(rows) for _, rows in found]).tolist()
+    device = found[0][1].device
+    numbers = torch.stack([_numbers(rows).to(device) for _, rows in found]).tolist()
     return [
         InputStatistics(parameter, *three)
         for (parameter, _), three in zip(found, numbers, strict=True)

@@ -1,0 +1,1 @@
+"""The fault benchmark: subjects to train, mistakes to put into them, and the scores of tools."""

@@ -1,0 +1,227 @@
+"""``diagnoser bench plan | run | truth``: what a command line asks for, and the tables printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diagnoser.benchmark.configuration import Catalogue, catalogue
+from diagnoser.benchmark.execute import Progressed, Resources, execute, probe, span, to_stderr
+from diagnoser.benchmark.harm import (
+    OK,
+    Calibration,
+    Harm,
+    Row,
+    calibrate,
+    judge,
+    scores_of,
+    worst_rank,
+)
+from diagnoser.benchmark.jobs import Mode
+from diagnoser.benchmark.plan import CLEAN, FAULT, REMEDY, Item, Plan, make_plan
+from diagnoser.benchmark.results import Store, write_whole
+from diagnoser.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a command line asks for."""
+
+    size: str
+    out: Path
+    jobs: int | None = None  # None: the number of cores
+    minutes: float | None = None
+    dask: str = ""
+    only: tuple[str, ...] = ()
+    operators: tuple[str, ...] = ()
+    catalogue: str = ""
+
+    def resources(self) -> Resources:
+        """Returns what may be used.
+
+        Raises:
+            UsageError: Fewer than one process, or no time.
+        """
+        jobs = os.cpu_count() or 1 if self.jobs is None else self.jobs
+        if jobs < 1:
+            raise UsageError(f"--jobs {jobs}: it takes at least 1")
+        if self.minutes is not None and not self.minutes > 0:
+            raise UsageError(f"--minutes {self.minutes}: it takes more than 0")
+        return Resources(jobs, self.dask, self.minutes)
+
+
+def plan(request: Request) -> None:
+    """Prints how many configurations and runs a size has, and how long they take."""
+    resources = request.resources()
+    known, made = _begin(request)
+    store = Store(request.out, to_stderr)
+    print(f"size {request.size}: {len(made.items)} configurations")
+    lines = [["subject", "role", "configurations", "truth runs", "watched runs"]]
+    groups: dict[tuple[str, str], list[Item]] = {}
+    for item in made.items:
+        groups.setdefault((item.configuration.subject, item.role), []).append(item)
+    for (subject, role), group in groups.items():
+        counts = [len(group), sum(len(i.truth) for i in group), sum(len(i.watched) for i in group)]
+        lines.append([subject, role, *map(str, counts)])
+    _print_table(lines)
+    for mode in ("truth", "watched"):
+        _print_cost(made.items, mode, store, resources, known)
+    _print_left_out(made)
+
+
+def truth(request: Request) -> None:
+    """Makes the unmonitored runs, judges harm from those that are there, and prints it."""
+    resources = request.resources()
+    known, made = _begin(request)
+    store = Store(request.out, to_stderr)
+    progressed = _execute(made, "truth", store, resources, known)
+    rows = {h: store.rows("truth", h) for h in {i.hash for i in made.items}}
+    floors = {name: (s.floor, s.relative) for name, s in known.subjects.items()}
+    harms = judge([item.judged() for item in made.items], rows, floors)
+    calibrations = _calibrations(made, rows, floors)
+    store.write_harm(harms, calibrations)
+    _print_harm(harms, calibrations)
+    _print_end(progressed, made, request.out / "harm.parquet")
+
+
+def run(request: Request) -> None:
+    """Makes the watched runs."""
+    resources = request.resources()
+    known, made = _begin(request)
+    store = Store(request.out, to_stderr)
+    progressed = _execute(made, "watched", store, resources, known)
+    _print_end(progressed, made, store.path("watched", "x").parent)
+
+
+def _begin(request: Request) -> tuple[Catalogue, Plan]:
+    known = catalogue(request.catalogue)
+    made = make_plan(known, request.size, only=request.only, operators=request.operators)
+    return known, made
+
+
+def _execute(
+    made: Plan, mode: Mode, store: Store, resources: Resources, known: Catalogue
+) -> Progressed:
+    content = json.dumps([_described(item) for item in made.items], indent=1) + "\n"
+    write_whole(store.directory / f"plan-{made.size.name}.json", content.encode())
+    return execute(
+        made.items,
+        mode,
+        store,
+        resources,
+        catalogue=known.name,
+        complain=to_stderr,
+        progress=sys.stderr,
+    )
+
+
+def _described(item: Item) -> dict[str, object]:
+    return {
+        "hash": item.hash,
+        "clean": item.clean,
+        "role": item.role,
+        "track": item.track,
+        "identical": item.identical,
+        "truth": item.truth,
+        "watched": item.watched,
+        "configuration": json.loads(item.configuration.to_json()),
+    }
+
+
+def _calibrations(
+    made: Plan, rows: Mapping[str, Sequence[Row]], floors: Mapping[str, tuple[float, bool]]
+) -> list[Calibration]:
+    clean: dict[str, list[dict[int, float]]] = {}
+    for item in made.items:
+        if item.role == CLEAN:
+            known = rows[item.hash]
+            worst = worst_rank([r["score"] for r in known if r["status"] == OK])
+            scores = scores_of(known, worst)
+            clean.setdefault(item.configuration.subject, []).append(scores)
+    found = [
+        calibrate(subject, recipes, floors[subject], pairs=made.size.pairs)
+        for subject, recipes in clean.items()
+    ]
+    return [calibration for calibration in found if calibration is not None]
+
+
+def _print_cost(
+    items: Sequence[Item], mode: Mode, store: Store, resources: Resources, known: Catalogue
+) -> None:
+    measured: dict[str, list[float]] = {}
+    missing: dict[str, int] = {}
+    for item in {item.hash: item for item in items}.values():
+        subject = item.configuration.subject
+        for row in store.rows(mode, item.hash):
+            if row["status"] == OK:
+                measured.setdefault(subject, []).append(row["cpu_s"])
+        left = store.missing(mode, item.hash, item.seeds(mode))
+        missing[subject] = missing.get(subject, 0) + len(left)
+    cpu_s = {subject: statistics.fmean(times) for subject, times in measured.items()}
+    unknown = [i for i in items if i.configuration.subject not in cpu_s]
+    if unknown:
+        cpu_s |= probe(unknown, mode, resources, catalogue=known.name, complain=to_stderr)
+    total = sum(count * cpu_s[subject] for subject, count in missing.items() if subject in cpu_s)
+    each = ", ".join(f"{subject} {seconds:.1f} s" for subject, seconds in cpu_s.items())
+    print(
+        f"{mode}: {sum(missing.values())} runs to make, {span(total)} of CPU time, "
+        f"{span(total / resources.jobs)} with {resources.jobs} jobs; a run: {each}"
+    )
+    for subject in missing.keys() - cpu_s.keys():
+        print(f"{mode}: no run of {subject} succeeded, its time is not counted")
+
+
+def _print_harm(harms: Sequence[Harm], calibrations: Sequence[Calibration]) -> None:
+    head = ["subject", "recipe", "role", "operator", "severity", "place", "remedy", "harm"]
+    lines = [[*head, "pairs", "clean", "score", "gap", "margin", "p (Holm)", "d", "loss alone"]]
+    for h in harms:
+        words = [h.subject, h.recipe, h.role, h.operator, h.severity, h.place, h.remedy, h.harm]
+        numbers = [h.clean_score, h.score, h.gap, h.margin, h.p_holm, h.cohen_d, h.loss_alarms]
+        lines.append([*words, str(h.pairs), *(f"{number:.3g}" for number in numbers)])
+    _print_table(lines)
+    for kind, group in {
+        "mistakes": [h for h in harms if h.role == FAULT],
+        "remedies": [h for h in harms if h.role == REMEDY],
+        "controls and compounds": [h for h in harms if h.role not in {FAULT, REMEDY, CLEAN}],
+    }.items():
+        counts: dict[str, int] = {}
+        for harm in group:
+            counts[harm.harm] = counts.get(harm.harm, 0) + 1
+        if counts:
+            print(f"{kind}: {', '.join(f'{n} {verdict}' for verdict, n in counts.items())}")
+    proven = [h for h in harms if h.role == FAULT and h.harm == "proven"]
+    if proven:
+        trivial = sum(h.trivial for h in proven)
+        print(f"of {len(proven)} proven mistakes the loss alone betrays {trivial}")
+    if any(h.diverged for h in harms):
+        print("a diverged run counts as the subject's worst finite score less its range")
+    for c in calibrations:
+        print(
+            f"{c.subject}: clean against clean, {c.kills} of {c.splits} splits «proven» "
+            f"({c.low:.3f} to {c.high:.3f})"
+        )
+
+
+def _print_end(progressed: Progressed, made: Plan, written: Path) -> None:
+    print(f"{progressed.made} runs made, {progressed.left} left of {progressed.asked}: {written}")
+    if progressed.left:
+        print("give the same command again to go on")
+    _print_left_out(made)
+
+
+def _print_left_out(made: Plan) -> None:
+    for subject, reason in made.left_out.items():
+        to_stderr(f"left out: {subject} {reason}")
+
+
+def _print_table(lines: Iterable[Sequence[str]]) -> None:
+    rows = list(lines)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = zip(row, widths, strict=True)
+        print("  ".join(cell.ljust(width) for cell, width in cells).rstrip())

@@ -1,0 +1,24 @@
+"""A learned judge of runs, next to the rules: verdict, causes and location, from the same features.
+
+`vectors` sums a run up, `reference` knows what is usual for each kind of component, `fitting`
+learns, `predict` judges, `store` keeps it in a file. scikit-learn is imported only where an
+estimator is made or read; no torch here.
+"""
+
+from diagnoser.classifier.fitting import Example, fit, to_blame
+from diagnoser.classifier.predict import Classifier, Prediction, Reason
+from diagnoser.classifier.store import load, save
+from diagnoser.classifier.vectors import Vectors, vectors
+
+__all__ = [
+    "Classifier",
+    "Example",
+    "Prediction",
+    "Reason",
+    "Vectors",
+    "fit",
+    "load",
+    "save",
+    "to_blame",
+    "vectors",
+]

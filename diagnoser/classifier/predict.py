@@ -1,0 +1,149 @@
+"""What the classifier says of a run: is it faulty, why, where, and does it know such runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diagnoser.classifier.reference import Reference
+from diagnoser.classifier.vectors import Vectors, matrix
+from diagnoser.table import Array
+
+REASONS: Final = 5  # features that are said to have moved a prediction
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """A column that moved the verdict: its value, and by how much (log-odds against the middle)."""
+
+    column: str
+    value: float
+    moved: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the classifier says of a run.
+
+    ``faulty`` is a calibrated probability; ``causes`` those given that the run is faulty, highest
+    first; ``components`` a score for each, highest first. ``unfamiliar`` is the share of the run's
+    known numbers that lie beyond everything it learned from; where it ``abstains`` that share, or
+    what is not known, is too large for an answer.
+    """
+
+    faulty: float
+    causes: tuple[tuple[str, float], ...]
+    components: tuple[tuple[str, float], ...]
+    unfamiliar: float
+    abstains: bool
+    reasons: tuple[Reason, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """An estimator on some columns of its rows, and the sigmoid that calibrates it (Platt 1999)."""
+
+    estimator: Any
+    columns: NDArray[np.int64]
+    slope: float
+    intercept: float
+
+    def probability(self, rows: Array) -> Array:
+        """Returns calibrated probabilities of rows (rows, columns), (rows,)."""
+        if not len(rows):
+            return np.empty(0)
+        score = self.estimator.decision_function(rows[:, self.columns])
+        return np.asarray(1.0 / (1.0 + np.exp(-(self.slope * score + self.intercept))))
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """Learned estimators and what they need to read a run.
+
+    ``run_columns`` are of `Vectors.run` and then of the reference's excess over components,
+    ``middle`` (columns,) their healthy medians, ``range`` (2, columns) the lowest and highest that
+    were learned from. ``threshold`` is the probability from which a run counts as faulty.
+    """
+
+    run_columns: tuple[str, ...]
+    reference: Reference
+    middle: Array
+    range: Array
+    verdict: Judge
+    causes: Mapping[str, Judge]
+    location: Judge
+    threshold: float
+    most_unfamiliar: float
+    least_known: float
+    about: Mapping[str, Any]  # how it was made: versions, digests, sizes
+
+    def predict(self, of: Vectors) -> Prediction:
+        """Judges a run."""
+        excess = self.reference.excess(of)
+        row = run_row(of, self.run_columns, self.reference, excess)[None]
+        known = ~np.isnan(row[0])
+        outside = known & ((row[0] < self.range[0]) | (row[0] > self.range[1]))
+        unfamiliar = float(outside.sum() / known.sum()) if known.any() else 1.0
+        faulty = float(self.verdict.probability(row)[0])
+        causes = [(name, float(judge.probability(row)[0])) for name, judge in self.causes.items()]
+        scores = self.location.probability(component_rows(excess))
+        placed = zip(of.names, scores.tolist(), strict=True)
+        return Prediction(
+            faulty,
+            tuple(sorted(causes, key=lambda pair: (-pair[1], pair[0]))),
+            tuple(sorted(placed, key=lambda pair: (-pair[1], pair[0]))),
+            unfamiliar,
+            unfamiliar > self.most_unfamiliar or float(known.mean()) < self.least_known,
+            self._reasons(row[0], faulty),
+        )
+
+    def _reasons(self, row: Array, faulty: float) -> tuple[Reason, ...]:
+        """What the verdict would be with each number at its healthy middle, one at a time."""
+        changed = np.tile(row, (len(row), 1))
+        np.fill_diagonal(changed, self.middle)
+        moved = _log_odds(faulty) - _log_odds(self.verdict.probability(changed))
+        moved[np.isnan(row)] = 0.0
+        order = np.argsort(-moved if faulty >= self.threshold else moved, kind="stable")[:REASONS]
+        return tuple(
+            Reason(self.run_columns[i], float(row[i]), float(moved[i])) for i in order if moved[i]
+        )
+
+
+def run_row(of: Vectors, columns: tuple[str, ...], reference: Reference, excess: Array) -> Array:
+    """Returns a run's numbers in the order of ``columns``, (columns,); NaN where there is none."""
+    furthest = {
+        f"excess.{name}": value
+        for name, value in zip(reference.columns, _furthest(excess), strict=True)
+    }
+    return np.asarray(matrix([{**of.run, **furthest}], columns)[0])
+
+
+def component_rows(excess: Array) -> Array:
+    """Returns what the location is learned from, (components, numbers).
+
+    Of each column how far beyond the healthy it is, and how far beyond the run's other components.
+    """
+    middle = np.array([_median(column) for column in excess.T])
+    return np.hstack([excess, excess - middle])
+
+
+def _furthest(excess: Array) -> Array:
+    """Returns, of each column, the excess that is largest either way."""
+    if not len(excess):
+        return np.full(excess.shape[1], np.nan)
+    size = np.where(np.isnan(excess), -1.0, np.abs(excess))
+    return np.asarray(excess[size.argmax(axis=0), np.arange(excess.shape[1])])
+
+
+def _median(column: Array) -> float:
+    known = column[~np.isnan(column)]
+    return float(np.median(known)) if len(known) else float("nan")
+
+
+def _log_odds(probability: Any) -> Any:
+    clipped = np.clip(probability, 1e-6, 1.0 - 1e-6)
+    return np.log(clipped / (1.0 - clipped))

@@ -1,0 +1,157 @@
+"""A classifier as a file: no pickle, a fixed list of types, a digest, a schema, a self-check.
+
+``NAME.skops`` holds the estimators and numbers (https://skops.readthedocs.io: a zip of JSON and
+arrays, built only from types that are allowed here), ``NAME.json`` beside it what it is: schema,
+digest, versions, and the probabilities that a few rows must get, so that another version of
+scikit-learn that reads the file differently is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from diagnoser.classifier.predict import Classifier, Judge
+from diagnoser.classifier.reference import Reference
+from diagnoser.errors import ClassifierError
+
+SCHEMA: Final = "diagnoser.classifier/1"
+ALLOWED: Final = frozenset({"sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor"})
+CHECK_ROWS: Final = 8
+REBUILD: Final = "build it again with `python -m benchmarks.classifier`"
+
+
+def save(classifier: Classifier, path: Path, rows: np.ndarray[Any, Any]) -> None:
+    """Writes ``path`` (.skops) and the description beside it.
+
+    Args:
+        classifier: What to write.
+        path: Where to; both files are replaced as a whole.
+        rows: Some rows that it was fitted on, (rows, run columns): the first ones are what a reader
+            checks itself with.
+    """
+    from sklearn import __version__ as sklearn_version
+    from skops import io
+
+    content = {
+        "run_columns": list(classifier.run_columns),
+        "reference_columns": list(classifier.reference.columns),
+        "reference_middle": dict(classifier.reference.middle),
+        "reference_spread": dict(classifier.reference.spread),
+        "middle": classifier.middle,
+        "range": classifier.range,
+        "verdict": _of_judge(classifier.verdict),
+        "causes": {name: _of_judge(judge) for name, judge in classifier.causes.items()},
+        "location": _of_judge(classifier.location),
+        "threshold": classifier.threshold,
+        "most_unfamiliar": classifier.most_unfamiliar,
+        "least_known": classifier.least_known,
+        "check_rows": np.ascontiguousarray(rows[:CHECK_ROWS]),
+    }
+    data = io.dumps(content, compression=zipfile.ZIP_DEFLATED, compresslevel=9)
+    expected = classifier.verdict.probability(rows[:CHECK_ROWS])
+    description = {
+        "schema": SCHEMA,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "scikit_learn": sklearn_version,
+        "check": expected.tolist(),
+        "about": dict(classifier.about),
+    }
+    _replace(path, data)
+    _replace(_description_of(path), (json.dumps(description, indent=1) + "\n").encode())
+
+
+def load(path: Path) -> Classifier:
+    """Reads a classifier.
+
+    Raises:
+        ClassifierError: No such file, another schema, a digest that does not fit, a type that is
+            not allowed, or numbers that the installed scikit-learn reads differently.
+    """
+    from skops import io
+
+    data, description = _read(path)
+    try:
+        untrusted = io.get_untrusted_types(data=data)
+    except Exception as error:  # a damaged archive fails in many ways
+        raise ClassifierError(f"{path}: cannot be read ({error}); {REBUILD}") from error
+    forbidden = sorted(set(untrusted) - ALLOWED)
+    if forbidden:
+        raise ClassifierError(
+            f"{path}: holds {forbidden[0]}, which is not allowed there; {REBUILD}"
+        )
+    try:
+        content = io.loads(data, trusted=sorted(ALLOWED))
+        classifier = _classifier(content, description["about"])
+        found = classifier.verdict.probability(content["check_rows"])
+    except Exception as error:  # whatever an estimator of another version raises
+        made_with = description.get("scikit_learn")
+        raise ClassifierError(
+            f"{path}: made with scikit-learn {made_with}, it does not work with the installed one "
+            f"({type(error).__name__}: {error}); {REBUILD}"
+        ) from error
+    if not np.allclose(found, description["check"], rtol=0, atol=1e-9):
+        raise ClassifierError(
+            f"{path}: made with scikit-learn {description.get('scikit_learn')}, it predicts "
+            f"otherwise with the installed one; {REBUILD}"
+        )
+    return classifier
+
+
+def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
+    beside = _description_of(path)
+    try:
+        data = path.read_bytes()
+        description = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ClassifierError(f"{path}: cannot be read ({error}); {REBUILD}") from None
+    if not isinstance(description, dict) or description.get("schema") != SCHEMA:
+        found = description.get("schema") if isinstance(description, dict) else None
+        raise ClassifierError(f"{beside}: schema {found}, this version reads {SCHEMA}; {REBUILD}")
+    if hashlib.sha256(data).hexdigest() != description.get("sha256"):
+        raise ClassifierError(f"{path}: is not the file that {beside.name} describes; {REBUILD}")
+    return data, description
+
+
+def _classifier(content: dict[str, Any], about: dict[str, Any]) -> Classifier:
+    return Classifier(
+        run_columns=tuple(content["run_columns"]),
+        reference=Reference(
+            tuple(content["reference_columns"]),
+            content["reference_middle"],
+            content["reference_spread"],
+        ),
+        middle=content["middle"],
+        range=content["range"],
+        verdict=Judge(**content["verdict"]),
+        causes={name: Judge(**judge) for name, judge in content["causes"].items()},
+        location=Judge(**content["location"]),
+        threshold=content["threshold"],
+        most_unfamiliar=content["most_unfamiliar"],
+        least_known=content["least_known"],
+        about=about,
+    )
+
+
+def _of_judge(judge: Judge) -> dict[str, Any]:
+    return {
+        "estimator": judge.estimator,
+        "columns": judge.columns,
+        "slope": judge.slope,
+        "intercept": judge.intercept,
+    }
+
+
+def _description_of(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _replace(path: Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(data)
+    part.replace(path)

@@ -1,0 +1,103 @@
+"""A run as numbers that a classifier learns from: one row for the run, one for each component.
+
+Every feature's series is summed up by its latest value (median of the last three that are known),
+its lowest and its highest; a component's latest values also relative to the median component. The
+run's row holds its own features, and of those of components and pairs the lowest, the median and
+the highest. Nothing here knows step counts, sizes, names or how long a series is (law 8); what was
+not measured, or does not apply, is NaN and stays NaN (law 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from diagnoser.table import Array, Scope, Table
+
+LATEST: Final = 3  # known values whose median is the latest
+OF_SERIES: Final = ("latest", "lowest", "highest")
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """What the classifier sees of a run.
+
+    ``run`` maps column names to numbers; ``components`` maps them to arrays (C,), one number for
+    each of ``names``, whose kinds are ``kinds``.
+    """
+
+    run: Mapping[str, float]
+    components: Mapping[str, Array]
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+
+
+def vectors(tables: Mapping[Scope, Table]) -> Vectors:
+    """Sums up the feature tables of a run."""
+    run = {name: float(values[0]) for name, values in _summaries(tables["run"]).items()}
+    components = _summaries(tables["component"])
+    for scope, summaries in (("component", components), ("pair", _summaries(tables["pair"]))):
+        for name, values in summaries.items():
+            feature, _, kind = name.rpartition(".")
+            run[f"{scope}.{feature}.{kind}"] = _across(values, kind)
+    names = tuple(name for name, _ in tables["component"].subjects)
+    relative = {
+        f"{name.removesuffix('.latest')}.relative": _relative(values)
+        for name, values in components.items()
+        if name.endswith(".latest")
+    }
+    kinds = tuple(tables["component"].kinds[name] for name in names)
+    return Vectors(run, components | relative, names, kinds)
+
+
+def matrix(rows: Sequence[Mapping[str, float]], columns: Sequence[str]) -> Array:
+    """Returns rows as (rows, columns); a column that a row does not have is NaN."""
+    return np.array([[row.get(name, np.nan) for name in columns] for row in rows], dtype=float)
+
+
+def component_matrix(of: Vectors, columns: Sequence[str]) -> Array:
+    """Returns the components of a run as (components, columns), NaN where there is no number."""
+    absent = np.full(len(of.names), np.nan)
+    return np.column_stack([of.components.get(name, absent) for name in columns])
+
+
+def _summaries(table: Table) -> dict[str, Array]:
+    """Returns ``feature.latest``, ``.lowest`` and ``.highest`` of every subject, (subjects,)."""
+    result: dict[str, Array] = {}
+    for name, column in table.columns.items():
+        values = column.value
+        for kind, numbers in zip(OF_SERIES, _of_series(values), strict=True):
+            result[f"{name}.{kind}"] = numbers
+    return result
+
+
+def _of_series(values: Array) -> tuple[Array, Array, Array]:
+    latest = np.full(len(values), np.nan)
+    lowest, highest = latest.copy(), latest.copy()
+    for i, row in enumerate(values):
+        known = row[~np.isnan(row)]
+        if len(known):
+            latest[i] = np.median(known[-LATEST:])
+            lowest[i], highest[i] = known.min(), known.max()
+    return latest, lowest, highest
+
+
+def _across(values: Array, kind: str) -> float:
+    """Returns the lowest of the lowest, the highest of the highest, the median of the latest."""
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return float("nan")
+    if kind == "latest":
+        return float(np.median(known))
+    return float(known.min() if kind == "lowest" else known.max())
+
+
+def _relative(values: Array) -> Array:
+    """Returns how far each value is from the median one, on a scale that is a logarithm far out."""
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return np.full(len(values), np.nan)
+    return np.asarray(np.arcsinh(values) - np.arcsinh(np.median(known)))

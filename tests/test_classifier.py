@@ -1,0 +1,230 @@
+"""The learned judge: learns what it is shown, knows what it does not know, is kept safely."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diagnoser.classifier import Classifier, Example, Vectors, fit, load, save, to_blame
+from diagnoser.classifier.reference import learn_reference
+from diagnoser.errors import ClassifierError
+
+RUN_COLUMNS = ("loss_fall.latest", "sharpness.highest", "never_measured.latest")
+COMPONENT_COLUMNS = ("update_ratio.latest", "weight_growth.highest")
+NAMES = ("layers.0.query", "layers.0.key", "layers.1.query", "layers.1.key", "head")
+KINDS = ("query", "key", "query", "key", "head")
+
+
+def made_run(rng: np.random.Generator, cause: str, blamed: int | None) -> Vectors:
+    """A run: a high learning rate is sharp, a frozen component does not move, nothing else is."""
+    fall = rng.normal(0.9, 0.05) - (0.5 if cause else 0.0) * rng.random()
+    sharp = rng.normal(0.1, 0.05) + (2.0 if cause == "learning_rate_too_high" else 0.0)
+    usual = np.array([3.0 if kind == "query" else 1.0 for kind in KINDS])
+    ratio, growth = usual * rng.normal(1, 0.1, 5), rng.normal(1.2, 0.1, 5)
+    if cause == "component_not_optimized" and blamed is not None:
+        ratio[blamed], growth[blamed] = 0.0, 1.0
+    if cause == "learning_rate_too_high" and blamed is not None:
+        ratio[blamed] *= 30
+    run = {"loss_fall.latest": fall, "sharpness.highest": sharp}
+    components = {"update_ratio.latest": ratio, "weight_growth.highest": growth}
+    return Vectors(run, components, NAMES, KINDS)
+
+
+def examples(seed: int = 0, each: int = 60) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(each):
+        made.append(Example(made_run(rng, "", None), False, (), (), f"healthy-{i % 7}"))
+        made.append(Example(made_run(rng, "", None), False, (), (), f"healthy-{i % 7}"))
+        for cause in ("learning_rate_too_high", "component_not_optimized"):
+            blamed = int(rng.integers(5))
+            run = made_run(rng, cause, blamed)
+            made.append(Example(run, True, (cause,), (NAMES[blamed],), f"{cause}-{i % 6}"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def learned() -> Classifier:
+    return fit(examples(), RUN_COLUMNS, COMPONENT_COLUMNS, {"made_for": "a test"})
+
+
+@pytest.fixture(scope="module")
+def unseen() -> list[Example]:
+    return examples(seed=1, each=25)
+
+
+def test_verdict_cause_and_place_of_unseen_runs(learned, unseen):
+    healthy = [learned.predict(e.vectors) for e in unseen if not e.faulty]
+    faulty = [(learned.predict(e.vectors), e) for e in unseen if e.faulty]
+    assert np.mean([p.faulty >= learned.threshold for p in healthy]) <= 0.12
+    assert np.mean([p.faulty >= learned.threshold for p, _ in faulty]) >= 0.9
+    assert np.mean([p.causes[0][0] == e.causes[0] for p, e in faulty]) >= 0.9
+    assert np.mean([p.components[0][0] == e.components[0] for p, e in faulty]) >= 0.8
+
+
+def test_probabilities_are_calibrated(learned, unseen):
+    probability = np.array([learned.predict(e.vectors).faulty for e in unseen])
+    truth = np.array([e.faulty for e in unseen])
+    assert abs(probability.mean() - truth.mean()) < 0.1
+    assert np.mean((probability - truth) ** 2) < 0.1
+
+
+def test_learning_twice_gives_the_same_numbers(learned, unseen):
+    again = fit(examples(), RUN_COLUMNS, COMPONENT_COLUMNS, {})
+    for example in unseen[:20]:
+        ours, theirs = learned.predict(example.vectors), again.predict(example.vectors)
+        assert repr(ours) == repr(theirs)
+
+
+def test_a_run_unlike_any_it_learned_from_is_not_judged(learned, unseen):
+    strange = {name: np.full(5, 1e9) for name in COMPONENT_COLUMNS}
+    run = Vectors({"loss_fall.latest": -1e6, "sharpness.highest": 1e6}, strange, NAMES, KINDS)
+    assert learned.predict(run).abstains
+    assert np.mean([learned.predict(e.vectors).abstains for e in unseen]) < 0.1
+
+
+def test_a_run_of_which_nothing_is_known_is_not_judged(learned):
+    absent = {name: np.full(5, np.nan) for name in COMPONENT_COLUMNS}
+    assert learned.predict(Vectors({}, absent, NAMES, KINDS)).abstains
+    assert learned.predict(Vectors({}, {}, (), ())).abstains
+
+
+def test_what_moved_a_verdict_is_named(learned):
+    rng = np.random.default_rng(5)
+    hot = made_run(rng, "learning_rate_too_high", None)
+    first = learned.predict(hot).reasons[0]
+    assert first.column == "sharpness.highest" and first.moved > 0
+    assert first.value == hot.run["sharpness.highest"]
+
+
+def test_what_is_usual_depends_on_the_kind_and_is_pooled_for_others(learned):
+    rng = np.random.default_rng(3)
+    healthy = [made_run(rng, "", None) for _ in range(50)]
+    reference = learn_reference(healthy, COMPONENT_COLUMNS)
+    run = made_run(rng, "", None)
+    assert np.abs(reference.excess(run)).max() < 6
+    swapped = replace(run, kinds=("key", "query", "key", "query", "head"))
+    assert np.abs(reference.excess(swapped)[:4, 0]).min() > 4
+    unknown = replace(run, kinds=("convolution",) * 5)
+    assert np.isfinite(reference.excess(unknown)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "blamed", "right"),
+    [
+        ("layers.0.query", ("layers.0",), True),
+        ("layers.0.qkv[query]", ("layers.0.qkv",), True),
+        ("layers.0", ("layers.0",), True),
+        ("layers.01", ("layers.0",), False),
+        ("layers.0", ("layers.0.query",), False),
+        ("layers.0", (), False),
+    ],
+)
+def test_a_prefix_names_all_its_parts(name, blamed, right):
+    assert to_blame(name, blamed) is right
+
+
+def test_too_few_runs_are_refused_with_their_number():
+    with pytest.raises(ClassifierError, match="healthy runs"):
+        fit(examples(each=2)[:6], RUN_COLUMNS, COMPONENT_COLUMNS, {})
+
+
+# -- the file --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(learned, tmp_path) -> Path:
+    path = tmp_path / "classifier.skops"
+    rows = np.random.default_rng(0).normal(size=(20, len(learned.run_columns)))
+    save(learned, path, rows)
+    return path
+
+
+def test_a_file_gives_back_the_same_classifier(learned, stored, unseen):
+    read = load(stored)
+    assert read.about == {"made_for": "a test"}
+    for example in unseen[:20]:
+        assert repr(read.predict(example.vectors)) == repr(learned.predict(example.vectors))
+
+
+def test_saving_twice_gives_the_same_predictions_and_leaves_no_part_behind(stored):
+    assert sorted(path.name for path in stored.parent.iterdir()) == [
+        "classifier.json",
+        "classifier.skops",
+    ]
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    """Replaces the file and makes the description agree with it."""
+    import hashlib
+
+    path.write_bytes(content)
+    beside = path.with_suffix(".json")
+    description = json.loads(beside.read_text())
+    description["sha256"] = hashlib.sha256(content).hexdigest()
+    beside.write_text(json.dumps(description))
+
+
+def test_a_type_that_is_not_allowed_is_refused_by_name(stored):
+    data = io.BytesIO()
+    with zipfile.ZipFile(stored) as old, zipfile.ZipFile(data, "w") as new:
+        for name in old.namelist():
+            text = old.read(name)
+            if name == "schema.json":
+                text = text.replace(b"TreePredictor", b"TreeImposter")
+            new.writestr(name, text)
+    rewrite(stored, data.getvalue())
+    with pytest.raises(ClassifierError, match="TreeImposter, which is not allowed"):
+        load(stored)
+
+
+def test_a_file_that_was_changed_is_refused(stored):
+    content = bytearray(stored.read_bytes())
+    content[len(content) // 2] ^= 1
+    stored.write_bytes(bytes(content))
+    with pytest.raises(ClassifierError, match="is not the file that classifier.json describes"):
+        load(stored)
+
+
+def test_a_damaged_archive_is_refused(stored):
+    rewrite(stored, stored.read_bytes()[:-400])
+    with pytest.raises(ClassifierError, match="cannot be read"):
+        load(stored)
+
+
+@pytest.mark.parametrize("schema", ["diagnoser.classifier/2", None])
+def test_another_schema_is_refused(stored, schema):
+    beside = stored.with_suffix(".json")
+    beside.write_text(json.dumps({**json.loads(beside.read_text()), "schema": schema}))
+    with pytest.raises(ClassifierError, match="this version reads diagnoser.classifier/1"):
+        load(stored)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ClassifierError, match="nothing.skops"):
+        load(tmp_path / "nothing.skops")
+
+
+def test_a_library_that_reads_the_numbers_otherwise_is_noticed(stored):
+    beside = stored.with_suffix(".json")
+    description = json.loads(beside.read_text())
+    description["check"][0] += 0.01
+    beside.write_text(json.dumps(description))
+    with pytest.raises(ClassifierError, match="predicts otherwise"):
+        load(stored)
+
+
+def test_importing_the_room_imports_no_learning_library():
+    code = (
+        "import diagnoser.classifier, sys; print(*{'sklearn', 'skops', 'torch'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
