@@ -91,7 +91,7 @@ def of_run(row):
 
 def test_a_run_is_the_same_bit_for_bit_in_any_process_and_under_the_monitor(tmp_path):
     here = [of_run(run(SMALL, MISTAKE, seed, "truth", tmp_path)) for seed in (0, 1, 2)]
-    for mode in ("truth", "watched"):
+    for mode in ("truth", "watched", "budget"):
         answer = carry_out(job(MISTAKE, SMALL, mode))
         assert answer.complaint == ""
         assert [of_run(row) for row in answer.rows] == here
@@ -212,7 +212,7 @@ def test_a_plan_says_how_much_and_how_long_and_makes_no_results(tmp_path, capsys
     assert main(bench("plan", "SMALL", tmp_path / "none")) == 0
     out = capsys.readouterr().out
     assert "size smoke: 7 configurations" in out
-    assert "truth: 18 runs to make" in out and "watched: 6 runs to make" in out
+    assert "truth: 18 runs to make" in out and "watched: 6 runs to make" in out and "budget: 6 runs to make" in out
     assert not (tmp_path / "none").exists()
 
 

@@ -6,8 +6,9 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diagnoser.benchmark.configuration import Catalogue, catalogue
@@ -26,6 +27,8 @@ from diagnoser.benchmark.jobs import Mode
 from diagnoser.benchmark.plan import CLEAN, FAULT, REMEDY, Item, Plan, make_plan
 from diagnoser.benchmark.results import Store, write_whole
 from diagnoser.errors import UsageError
+
+MODES: tuple[Mode, ...] = ("truth", "budget", "watched")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,15 +64,15 @@ def plan(request: Request) -> None:
     known, made = _begin(request)
     store = Store(request.out, to_stderr)
     print(f"size {request.size}: {len(made.items)} configurations")
-    lines = [["subject", "role", "configurations", "truth runs", "watched runs"]]
+    lines = [["subject", "role", "configurations", "truth runs", "watched", "at budget"]]
     groups: dict[tuple[str, str], list[Item]] = {}
     for item in made.items:
         groups.setdefault((item.configuration.subject, item.role), []).append(item)
     for (subject, role), group in groups.items():
-        counts = [len(group), sum(len(i.truth) for i in group), sum(len(i.watched) for i in group)]
-        lines.append([subject, role, *map(str, counts)])
+        counts = [sum(len(item.seeds(mode)) for item in group) for mode in MODES]
+        lines.append([subject, role, str(len(group)), *map(str, counts)])
     _print_table(lines)
-    for mode in ("truth", "watched"):
+    for mode in MODES:
         _print_cost(made.items, mode, store, resources, known)
     _print_left_out(made)
 
@@ -86,16 +89,23 @@ def truth(request: Request) -> None:
     calibrations = _calibrations(made, rows, floors)
     store.write_harm(harms, calibrations)
     _print_harm(harms, calibrations)
-    _print_end(progressed, made, request.out / "harm.parquet")
+    _print_progress(progressed, request.out / "harm.parquet")
+    _print_left_out(made)
 
 
 def run(request: Request) -> None:
-    """Makes the watched runs."""
+    """Makes the watched runs, at the default budget and by the benchmark's own schedule."""
+    begin = time.monotonic()
     resources = request.resources()
     known, made = _begin(request)
     store = Store(request.out, to_stderr)
-    progressed = _execute(made, "watched", store, resources, known)
-    _print_end(progressed, made, store.path("watched", "x").parent)
+    for mode in MODES[1:]:
+        if resources.minutes is not None:
+            left = request.minutes - (time.monotonic() - begin) / 60 if request.minutes else 0.0
+            resources = replace(resources, minutes=max(left, 0.0))
+        progressed = _execute(made, mode, store, resources, known)
+        _print_progress(progressed, store.path(mode, "x").parent)
+    _print_left_out(made)
 
 
 def _begin(request: Request) -> tuple[Catalogue, Plan]:
@@ -129,6 +139,7 @@ def _described(item: Item) -> dict[str, object]:
         "identical": item.identical,
         "truth": item.truth,
         "watched": item.watched,
+        "budgeted": item.budgeted,
         "configuration": json.loads(item.configuration.to_json()),
     }
 
@@ -207,11 +218,10 @@ def _print_harm(harms: Sequence[Harm], calibrations: Sequence[Calibration]) -> N
         )
 
 
-def _print_end(progressed: Progressed, made: Plan, written: Path) -> None:
+def _print_progress(progressed: Progressed, written: Path) -> None:
     print(f"{progressed.made} runs made, {progressed.left} left of {progressed.asked}: {written}")
     if progressed.left:
         print("give the same command again to go on")
-    _print_left_out(made)
 
 
 def _print_left_out(made: Plan) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diagnoser.benchmark.plan import Item
     from diagnoser.benchmark.results import Store
 
-LIMIT_S = {"truth": 120.0, "watched": 900.0}  # wall time of one run
+LIMIT_S = {"truth": 120.0, "watched": 900.0, "budget": 240.0}  # wall time of one run
 LINE_EVERY_S = 30.0  # of progress where nobody watches a terminal
 ATTEMPTS = 3  # at starting the pool again after one of its processes was killed
 CONNECT_S = 30.0  # to a Dask scheduler
@@ -58,7 +58,7 @@ def execute(
 
     Args:
         items: Configurations; of equal hashes the first is taken.
-        mode: ``truth`` (unmonitored) or ``watched``.
+        mode: ``truth`` (unmonitored), ``watched`` or ``budget``.
         store: Where results are kept.
         resources: What may be used.
         catalogue: The catalogue's name, for the workers.

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 
 from diagnoser.errors import BenchmarkError
 
-Mode = Literal["truth", "watched"]
+Mode = Literal["truth", "watched", "budget"]  # unmonitored, forced, as by default
 Row = dict[str, Any]
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

@@ -44,6 +44,8 @@ class Size:
     clean_seeds: int = 20
     watched: int = 3  # of the pairs
     watched_clean: int = 20
+    budgeted: int = 1  # of the watched runs, also at the default budget
+    budgeted_clean: int = 10
 
 
 SIZES: Mapping[str, Size] = {
@@ -62,6 +64,7 @@ SIZES: Mapping[str, Size] = {
             clean_seeds=3,
             watched=1,
             watched_clean=1,
+            budgeted_clean=1,
         ),
         Size(
             "small",
@@ -92,11 +95,12 @@ class Item:
     track: str  # the subject's split: train, dev or test
     truth: tuple[int, ...]
     watched: tuple[int, ...]
+    budgeted: tuple[int, ...]
     identical: bool = False  # a remedy that gives the clean training; it need not be run
 
     def seeds(self, mode: Mode) -> tuple[int, ...]:
         """Returns the seeds of one kind of runs."""
-        return self.truth if mode == "truth" else self.watched
+        return {"truth": self.truth, "watched": self.watched, "budget": self.budgeted}[mode]
 
     def judged(self) -> Judged:
         """Returns what the proof of harm needs to know."""
@@ -261,6 +265,7 @@ class _Planner:
             self.subject.split,
             tuple(range(0 if identical else size.pairs)),
             tuple(range(0 if role == REMEDY else size.watched)),
+            tuple(range(0 if role == REMEDY else size.budgeted)),
             identical,
         )
 
@@ -268,8 +273,10 @@ class _Planner:
     def _clean(self, recipe: str) -> Item:
         made = self._clean_configuration(recipe)
         digest = content_hash(made, self.known)
-        seeds, watched = range(self.size.clean_seeds), range(self.size.watched_clean)
-        return Item(made, digest, digest, CLEAN, self.subject.split, tuple(seeds), tuple(watched))
+        size = self.size
+        counts = (size.clean_seeds, size.watched_clean, size.budgeted_clean)
+        seeds, watched, budgeted = (tuple(range(count)) for count in counts)
+        return Item(made, digest, digest, CLEAN, self.subject.split, seeds, watched, budgeted)
 
     @functools.cache  # noqa: B019
     def _clean_snapshot(self, recipe: str) -> Mapping[str, str]:

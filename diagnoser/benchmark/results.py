@@ -1,6 +1,7 @@
 """Results on disk: one Parquet file a configuration and mode, whole or not there at all.
 
-``DIR/truth/<hash>.parquet`` and ``DIR/runs/<hash>.parquet`` hold one row a run, and
+``DIR/truth/<hash>.parquet``, ``DIR/runs/<hash>.parquet`` (watched by the benchmark's schedule) and
+``DIR/budget/<hash>.parquet`` (watched at the default budget) hold one row a run, and
 ``DIR/runs/<hash>/<seed>.jsonl.gz`` the run log of a watched one. A file is written under another
 name in the same folder, forced to the disk, and then renamed. What cannot be read, or is not what
 its name says, is moved aside to ``*.corrupt``, named, and made again.
@@ -29,7 +30,7 @@ from diagnoser.benchmark.jobs import Mode, Row
 from diagnoser.errors import BenchmarkError
 
 SCHEMA_VERSION: Final = "1"
-FOLDERS: Final[Mapping[str, str]] = {"truth": "truth", "watched": "runs"}
+FOLDERS: Final[Mapping[str, str]] = {"truth": "truth", "watched": "runs", "budget": "budget"}
 # What may come out otherwise at another time; a run that failed by itself fails again.
 ANOTHER_TIME: Final = frozenset({"killed", "refused"})
 LOG: Final = "log"  # of a row on its way: the run log, gzip in base64
@@ -72,9 +73,9 @@ class Store:
         """Returns where the rows of a configuration are kept."""
         return self.directory / FOLDERS[mode] / f"{digest}.parquet"
 
-    def log_path(self, digest: str, seed: int) -> Path:
+    def log_path(self, mode: Mode, digest: str, seed: int) -> Path:
         """Returns where the log of a watched run is kept."""
-        return self.directory / FOLDERS["watched"] / digest / f"{seed}.jsonl.gz"
+        return self.directory / FOLDERS[mode] / digest / f"{seed}.jsonl.gz"
 
     def rows(self, mode: Mode, digest: str) -> list[Row]:
         """Returns the finished runs of a configuration, by seed; none where nothing is there.
@@ -89,7 +90,7 @@ class Store:
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             self._move_aside(path, " ".join(str(error).split())[:160])
             return []
-        return [r for r in rows if mode == "truth" or r["status"] != OK or self._has_log(r)]
+        return [r for r in rows if mode == "truth" or r["status"] != OK or self._has_log(mode, r)]
 
     def missing(self, mode: Mode, digest: str, seeds: Iterable[int]) -> tuple[int, ...]:
         """Returns the seeds that are still to be run."""
@@ -108,7 +109,7 @@ class Store:
             if log := entry.pop(LOG, ""):
                 packed = base64.b64decode(log)
                 entry["log_sha256"] = hashlib.sha256(packed).hexdigest()
-                write_whole(self.log_path(digest, row["seed"]), packed)
+                write_whole(self.log_path(mode, digest, row["seed"]), packed)
             kept[row["seed"]] = entry
         table = pa.Table.from_pylist([kept[seed] for seed in sorted(kept)], schema=SCHEMA)
         note = {
@@ -134,8 +135,8 @@ class Store:
                     self.directory / f"{name}.parquet", table.replace_schema_metadata(note)
                 )
 
-    def _has_log(self, row: Row) -> bool:
-        path = self.log_path(row["hash"], row["seed"])
+    def _has_log(self, mode: Mode, row: Row) -> bool:
+        path = self.log_path(mode, row["hash"], row["seed"])
         if not path.exists():
             self.complain(f"{path} is missing; that run is made again")
             return False

@@ -109,7 +109,7 @@ def run(
     training, _ = assemble(
         subject, configuration.settings(subject), seed, configuration.injected(known)
     )
-    outcome = train(training) if mode == "truth" else _watched(training, directory)
+    outcome = train(training) if mode == "truth" else _watched(training, mode, directory)
     losses = outcome.losses
     finite = all(map(math.isfinite, (*losses, outcome.loss, outcome.score)))
     row: dict[str, Any] = {
@@ -124,17 +124,17 @@ def run(
         "diverged": not finite,
         "loss_alarm": loss_alarm(losses),
     }
-    if mode == "watched":
+    if mode != "truth":
         # No time of packing in it: the same log gives the same bytes.
         packed = gzip.compress((directory / LOG_FILE).read_bytes(), mtime=0)
         row["log"] = base64.b64encode(packed).decode()
     return row
 
 
-def _watched(training: Training, directory: Path) -> Outcome:
+def _watched(training: Training, mode: str, directory: Path) -> Outcome:
     from diagnoser.session import watch
 
-    at = measuring(training.settings.steps)
+    at = measuring(training.settings.steps) if mode == "watched" else None
     with watch(
         training.model, training.optimizers[0], out=directory, verbose=False, at=at
     ):  # a second optimizer is a mistake of the script: the tool is not told of it
@@ -152,7 +152,7 @@ def _prepare(known: Catalogue, configuration: Configuration, mode: str) -> str:
         subject.data()
         subject.build(configuration.settings(subject))
         torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-        if mode == "watched":
+        if mode != "truth":
             import diagnoser.session  # noqa: F401
     except Exception as error:
         return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,275 @@
+"""From the logs of watched runs to examples: what each judge sees of a run, and what is true of it.
+
+Everything is computed at a tenth, a quarter, half and all of a run. ``DIR/features/<mode>/`` holds
+``<hash>.parquet`` with a row a run and prefix, the classifier's numbers and what the rules say, and
+``<hash>.components.parquet`` with a row for each of its components. They are made again when the
+code that computes them, or a log, changed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import diagnoser
+from diagnoser.benchmark.configuration import Catalogue, code_digest
+from diagnoser.benchmark.harm import OK, Harm
+from diagnoser.benchmark.jobs import Mode
+from diagnoser.benchmark.plan import Item
+from diagnoser.benchmark.results import Store, write_whole
+from diagnoser.classifier import Vectors, vectors
+from diagnoser.diagnosis import default_rules, diagnose
+from diagnoser.features import feature_tables
+from diagnoser.injection import places
+from diagnoser.runlog import LOG_FILE, Recording, read_run
+from diagnoser.types import Diagnosis
+
+PREFIXES: Final = (0.10, 0.25, 0.50, 1.00)
+CODE: Final = ("features", "classifier/vectors.py", "table.py", "rules", "diagnosis.py", "runlog")
+IDENTITY: Final = ("seed", "prefix", "rules")  # columns that are no features
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What is true of a run: what was injected where, and whether that does harm.
+
+    ``components`` are right to blame; empty where the whole model is. ``harm`` is the verdict of
+    `harm.judge`; ``defect``: no author would want it, whether or not it does harm.
+    """
+
+    hash: str
+    subject: str
+    track: str
+    recipe: str
+    role: str
+    operators: tuple[str, ...]
+    severity: str
+    harm: str
+    trivial: bool
+    defect: bool
+    faults: tuple[str, ...]
+    causes: tuple[str, ...]
+    components: tuple[str, ...]
+    curvature: str  # prediction that curvature helps: +, P or 0
+
+    @property
+    def is_faulty(self) -> bool:
+        """Whether it is scored as faulty: harm was proven."""
+        return self.role in {"fault", "compound"} and self.harm == "proven"
+
+    @property
+    def control(self) -> str:
+        """The set of healthy controls that it belongs to; empty: it is none.
+
+        HC1 clean, HC2 to HC4 as planned unless harm was proven, HC5a a harmless number, HC5b a
+        harmless defect.
+        """
+        if self.role == "clean":
+            return "HC1"
+        if self.role.startswith("HC"):
+            return self.role if self.harm != "proven" else ""
+        if self.role == "fault" and self.harm == "equivalent":
+            return "HC5b" if self.defect else "HC5a"
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one judge says of a run: how surely it is faulty, causes with components, best first."""
+
+    faulty: bool
+    score: float
+    causes: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """A run as far as it was seen, and its truth."""
+
+    truth: Truth
+    seed: int
+    prefix: float
+    vectors: Vectors
+    rules: Answer
+
+
+def truths(items: Iterable[Item], harms: Iterable[Harm], known: Catalogue) -> dict[str, Truth]:
+    """Returns what is true of each configuration by its hash."""
+    judged = {harm.hash: harm for harm in harms if harm.role != "remedy"}
+    found = {}
+    for item in items:
+        if item.role == "remedy" or item.hash not in judged:
+            continue
+        made, harm = item.configuration, judged[item.hash]
+        subject = known.subject(made.subject)
+        settings = made.settings(subject)
+        operators = [known.operator(name) for name, _, _ in made.injections]
+        components: list[str] = []
+        for operator, (_, _, at) in zip(operators, made.injections, strict=True):
+            here = {place.name: place for place in places(operator, subject, settings)}
+            components += [name for name in here[at].components if name != "model"]
+            if "model" in here[at].components:
+                components = []
+                break
+        found[item.hash] = Truth(
+            item.hash,
+            made.subject,
+            item.track,
+            made.recipe,
+            item.role,
+            tuple(operator.id for operator in operators),
+            made.severity,
+            harm.harm,
+            harm.trivial,
+            any(operator.defect for operator in operators),
+            tuple(dict.fromkeys(fault for o in operators for fault in o.faults)),
+            tuple(dict.fromkeys(o.causes[0] for o in operators if o.causes)),
+            tuple(dict.fromkeys(components)),
+            max((o.curvature for o in operators), key="0P+".index, default="0"),
+        )
+    return found
+
+
+def recording_of(packed: bytes, folder: Path) -> Recording:
+    """Reads a packed log; ``folder`` is an empty directory that it is unpacked into."""
+    (folder / LOG_FILE).write_bytes(gzip.decompress(packed))
+    return read_run(folder)
+
+
+def cut(recording: Recording, prefix: float) -> Recording:
+    """Returns a recording as it was after a share of its steps; whole, it keeps its ending."""
+    if prefix >= 1.0:
+        return recording
+    steps = int(recording.losses.step[-1]) + 1 if len(recording.losses.step) else 0
+    return recording.until(max(round(prefix * steps) - 1, 0))
+
+
+def rules_say(diagnosis: Diagnosis) -> Answer:
+    """Sums a diagnosis up: faulty, graded by how grave and how many its findings are."""
+    rank = {"low": 0.25, "medium": 1.0, "high": 2.0, "critical": 3.0}
+    weights = sorted((rank[f.severity] for f in diagnosis.findings), reverse=True)
+    score = weights[0] + 0.01 * min(len(weights), 50) if weights else 0.0
+    causes = tuple((cause.cause, cause.component) for cause in diagnosis.causes)
+    return Answer(diagnosis.verdict == "faulty", score, causes)
+
+
+def compute(log: Path, folder: Path) -> list[tuple[float, Vectors, Answer]]:
+    """Returns, at each prefix of a run, the classifier's numbers and what the rules say."""
+    whole, rules = recording_of(log.read_bytes(), folder), default_rules()
+    found = []
+    for prefix in PREFIXES:
+        recording = cut(whole, prefix)
+        answer = rules_say(diagnose(recording, rules))
+        found.append((prefix, vectors(feature_tables(recording)), answer))
+    return found
+
+
+def digest_of_code() -> str:
+    """Returns a digest of the code, without docstrings, and of the rules that features rest on."""
+    root = Path(diagnoser.__file__).parent
+    paths = [p for name in CODE for p in sorted((root / name).rglob("*.py")) or [root / name]]
+    parts = [code_digest(path.read_text("utf-8")) for path in paths]
+    parts += [rule.path.read_text("utf-8") for rule in default_rules()]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+
+
+def features(
+    store: Store, mode: Mode, digest: str, code: str, folder: Path
+) -> list[tuple[int, float, Vectors, Answer]]:
+    """Returns (seed, prefix, numbers, rules) of the watched runs of a configuration.
+
+    They are read where they were computed by this code from these logs, else computed.
+    """
+    rows = [row for row in store.rows(mode, digest) if row["status"] == OK]
+    if not rows:
+        return []
+    logs = hashlib.sha256("".join(str(row["log_sha256"]) for row in rows).encode()).hexdigest()
+    note = {"diagnoser.code": code, "diagnoser.logs": logs[:16]}
+    known = _read(_paths(store, mode, digest), note)
+    if known is not None:
+        return known
+    found = []
+    for row in rows:
+        own = folder / f"{mode}-{digest}-{row['seed']}"
+        own.mkdir()
+        for prefix, numbers, answer in compute(store.log_path(mode, digest, row["seed"]), own):
+            found.append((int(row["seed"]), prefix, numbers, answer))
+    _write(_paths(store, mode, digest), note, found)
+    return found
+
+
+def _paths(store: Store, mode: Mode, digest: str) -> tuple[Path, Path]:
+    base = store.directory / "features" / mode
+    return base / f"{digest}.parquet", base / f"{digest}.components.parquet"
+
+
+def _write(
+    paths: tuple[Path, Path],
+    note: Mapping[str, str],
+    found: Sequence[tuple[int, float, Vectors, Answer]],
+) -> None:
+    runs, components = [], []
+    for seed, prefix, of, answer in found:
+        said = json.dumps([answer.faulty, answer.score, answer.causes])
+        runs.append({"seed": seed, "prefix": prefix, "rules": said, **of.run})
+        for i, (name, kind) in enumerate(zip(of.names, of.kinds, strict=True)):
+            numbers = {column: float(values[i]) for column, values in of.components.items()}
+            components.append(
+                {"seed": seed, "prefix": prefix, "name": name, "kind": kind, **numbers}
+            )
+    for path, rows in zip(paths, (runs, components), strict=True):
+        content = io.BytesIO()
+        table = pa.Table.from_pylist(rows).replace_schema_metadata(dict(note))
+        pq.write_table(table, content, compression="zstd")
+        write_whole(path, content.getvalue())
+
+
+def _read(
+    paths: tuple[Path, Path], note: Mapping[str, str]
+) -> list[tuple[int, float, Vectors, Answer]] | None:
+    tables = []
+    for path in paths:
+        try:
+            table = pq.read_table(io.BytesIO(path.read_bytes()))
+        except (OSError, pa.ArrowException):
+            return None  # not there, or cut: it is computed again
+        stored = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+        if any(stored.get(name) != value for name, value in note.items()):
+            return None
+        tables.append(table)
+    return list(_vectors(*tables))
+
+
+def _vectors(runs: pa.Table, components: pa.Table) -> Iterator[tuple[int, float, Vectors, Answer]]:
+    columns = [c for c in components.column_names if c not in {"seed", "prefix", "name", "kind"}]
+    numbers = {c: components[c].to_numpy(zero_copy_only=False).astype(float) for c in columns}
+    names, kinds = components["name"].to_pylist(), components["kind"].to_pylist()
+    at: dict[tuple[int, float], list[int]] = {}
+    keys = zip(components["seed"].to_pylist(), components["prefix"].to_pylist(), strict=True)
+    for i, key in enumerate(keys):
+        at.setdefault(key, []).append(i)
+    for row in runs.to_pylist():
+        faulty, score, causes = json.loads(row["rules"])
+        answer = Answer(faulty, score, tuple((cause, where) for cause, where in causes))
+        own = np.array(at.get((row["seed"], row["prefix"]), []), dtype=int)
+        of = Vectors(
+            {name: _number(value) for name, value in row.items() if name not in IDENTITY},
+            {c: values[own] for c, values in numbers.items()},
+            tuple(names[i] for i in own),
+            tuple(kinds[i] for i in own),
+        )
+        yield int(row["seed"]), float(row["prefix"]), of, answer
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
