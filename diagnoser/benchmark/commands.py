@@ -100,9 +100,9 @@ def run(request: Request) -> None:
     known, made = _begin(request)
     store = Store(request.out, to_stderr)
     for mode in MODES[1:]:
-        if resources.minutes is not None:
-            left = request.minutes - (time.monotonic() - begin) / 60 if request.minutes else 0.0
-            resources = replace(resources, minutes=max(left, 0.0))
+        if request.minutes is not None:  # the second kind of runs has what the first has left
+            left = request.minutes - (time.monotonic() - begin) / 60
+            resources = replace(resources, minutes=left)
         progressed = _execute(made, mode, store, resources, known)
         _print_progress(progressed, store.path(mode, "x").parent)
     _print_left_out(made)

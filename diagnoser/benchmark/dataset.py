@@ -35,6 +35,8 @@ from diagnoser.runlog import LOG_FILE, Recording, read_run
 from diagnoser.types import Diagnosis
 
 PREFIXES: Final = (0.10, 0.25, 0.50, 1.00)
+# Before these shares of a run there is nothing to be seen of a mistake.
+NOT_YET: Final = {"X2": 0.50, "E1": 0.99}
 CODE: Final = ("features", "classifier/vectors.py", "table.py", "rules", "diagnosis.py", "runlog")
 IDENTITY: Final = ("seed", "prefix", "rules")  # columns that are no features
 
@@ -62,6 +64,10 @@ class Truth:
     components: tuple[str, ...]
     curvature: str  # prediction that curvature helps: +, P or 0
 
+    def shows(self, prefix: float) -> bool:
+        """Whether there can be anything of the mistake in the first part of a run."""
+        return all(prefix > NOT_YET.get(name, 0.0) for name in self.operators)
+
     @property
     def is_faulty(self) -> bool:
         """Whether it is scored as faulty: harm was proven."""
@@ -85,11 +91,14 @@ class Truth:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one judge says of a run: how surely it is faulty, causes with components, best first."""
+    """What the rules say of a run; causes with components, best first.
+
+    ``findings`` are (rule, severity, component), in the order of the diagnosis.
+    """
 
     faulty: bool
-    score: float
     causes: tuple[tuple[str, str], ...]
+    findings: tuple[tuple[str, str, str], ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,12 +164,12 @@ def cut(recording: Recording, prefix: float) -> Recording:
 
 
 def rules_say(diagnosis: Diagnosis) -> Answer:
-    """Sums a diagnosis up: faulty, graded by how grave and how many its findings are."""
-    rank = {"low": 0.25, "medium": 1.0, "high": 2.0, "critical": 3.0}
-    weights = sorted((rank[f.severity] for f in diagnosis.findings), reverse=True)
-    score = weights[0] + 0.01 * min(len(weights), 50) if weights else 0.0
-    causes = tuple((cause.cause, cause.component) for cause in diagnosis.causes)
-    return Answer(diagnosis.verdict == "faulty", score, causes)
+    """Sums a diagnosis up."""
+    return Answer(
+        diagnosis.verdict == "faulty",
+        tuple((cause.cause, cause.component) for cause in diagnosis.causes),
+        tuple((f.source.partition(":")[2], f.severity, f.component) for f in diagnosis.findings),
+    )
 
 
 def compute(log: Path, folder: Path) -> list[tuple[float, Vectors, Answer]]:
@@ -220,7 +229,7 @@ def _write(
 ) -> None:
     runs, components = [], []
     for seed, prefix, of, answer in found:
-        said = json.dumps([answer.faulty, answer.score, answer.causes])
+        said = json.dumps([answer.faulty, answer.causes, answer.findings])
         runs.append({"seed": seed, "prefix": prefix, "rules": said, **of.run})
         for i, (name, kind) in enumerate(zip(of.names, of.kinds, strict=True)):
             numbers = {column: float(values[i]) for column, values in of.components.items()}
@@ -259,8 +268,8 @@ def _vectors(runs: pa.Table, components: pa.Table) -> Iterator[tuple[int, float,
     for i, key in enumerate(keys):
         at.setdefault(key, []).append(i)
     for row in runs.to_pylist():
-        faulty, score, causes = json.loads(row["rules"])
-        answer = Answer(faulty, score, tuple((cause, where) for cause, where in causes))
+        faulty, causes, findings = json.loads(row["rules"])
+        answer = Answer(faulty, tuple(map(tuple, causes)), tuple(map(tuple, findings)))
         own = np.array(at.get((row["seed"], row["prefix"]), []), dtype=int)
         of = Vectors(
             {name: _number(value) for name, value in row.items() if name not in IDENTITY},

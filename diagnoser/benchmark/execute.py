@@ -85,7 +85,8 @@ def execute(
         if missing[item.hash]
     }
     total = sum(len(job.seeds) for job in waiting.values())
-    deadline = time.monotonic() + 60 * resources.minutes if resources.minutes else None
+    minutes = resources.minutes
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     line = _Progress(total, progress)
     made = 0
     for answer in _answers(waiting, resources, deadline, complain):
