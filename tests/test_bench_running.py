@@ -212,7 +212,11 @@ def test_a_plan_says_how_much_and_how_long_and_makes_no_results(tmp_path, capsys
     assert main(bench("plan", "SMALL", tmp_path / "none")) == 0
     out = capsys.readouterr().out
     assert "size smoke: 7 configurations" in out
-    assert "truth: 18 runs to make" in out and "watched: 6 runs to make" in out and "budget: 6 runs to make" in out
+    assert (
+        "truth: 18 runs to make" in out
+        and "watched: 6 runs to make" in out
+        and "budget: 6 runs to make" in out
+    )
     assert not (tmp_path / "none").exists()
 
 

@@ -1,0 +1,235 @@
+"""Scores with known answers: who is right, how often, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import f1_score, roc_auc_score
+
+from diagnoser.benchmark.dataset import Answer, Seen, Truth
+from diagnoser.benchmark.evaluate import family_of
+from diagnoser.benchmark.judges import by_rules, is_judged, precisions
+from diagnoser.benchmark.scoring import (
+    STATISTICS,
+    Verdict,
+    by_operator,
+    difference,
+    figures,
+)
+from diagnoser.classifier import Vectors
+from diagnoser.errors import BenchmarkError
+from diagnoser.features import CATALOGUE
+
+NOTHING = Vectors({}, {}, (), ())
+CLEAN = Truth(
+    hash="0", subject="s", track="test", recipe="a", role="clean", operators=(), severity="",
+    harm="clean", trivial=False, defect=False, faults=(), causes=(), components=(), curvature="0",
+)  # fmt: skip
+HOT = replace(
+    CLEAN, hash="1", role="fault", operators=("O1",), severity="high", harm="proven",
+    causes=("learning_rate_too_high",), curvature="+",
+)  # fmt: skip
+FROZEN = replace(
+    HOT, hash="2", operators=("O11b",), causes=("component_not_optimized",),
+    components=("layers.0.attention",), defect=True,
+)  # fmt: skip
+MASKED = replace(HOT, hash="3", operators=("M1",), causes=("attention_mask",), defect=True)
+
+
+def value(found, name):
+    (figure,) = [figure for figure in found if figure.name == name]
+    return figure
+
+
+# -- what counts as what ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("truth", "faulty", "control"),
+    [
+        (CLEAN, False, "HC1"),
+        (HOT, True, ""),
+        (replace(HOT, harm="ambiguous"), False, ""),
+        (replace(HOT, harm="incomplete"), False, ""),
+        (replace(HOT, harm="equivalent"), False, "HC5a"),
+        (replace(MASKED, harm="equivalent"), False, "HC5b"),
+        (replace(HOT, role="compound"), True, ""),
+        (replace(CLEAN, role="HC3", operators=("G1",), harm="equivalent"), False, "HC3"),
+        (replace(CLEAN, role="HC3", operators=("G1",), harm="ambiguous"), False, "HC3"),
+        (replace(CLEAN, role="HC2", operators=("R2",), harm="proven"), False, ""),
+    ],
+)
+def test_only_proven_harm_is_faulty_and_a_harmful_control_is_none(truth, faulty, control):
+    assert (truth.is_faulty, truth.control) == (faulty, control)
+
+
+def test_a_mistake_does_not_show_before_it_is_made():
+    late, short = replace(HOT, operators=("X2",)), replace(HOT, operators=("E1",))
+    assert [late.shows(p) for p in (0.1, 0.5, 1.0)] == [False, False, True]
+    assert [short.shows(p) for p in (0.1, 0.5, 1.0)] == [False, False, True]
+    assert HOT.shows(0.1) and CLEAN.shows(0.1)
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=2, max_size=40))
+def test_the_area_under_the_curve_is_that_of_scikit_learn(runs):
+    verdicts = [Verdict(HOT if f else CLEAN, i, True, float(s)) for i, (f, s) in enumerate(runs)]
+    ours = STATISTICS["auroc"](verdicts)
+    if len({f for f, _ in runs}) < 2:
+        assert math.isnan(ours)
+    else:
+        theirs = roc_auc_score([f for f, _ in runs], [s for _, s in runs])
+        assert ours == pytest.approx(theirs, abs=1e-12)
+
+
+def test_a_score_that_is_not_a_number_has_no_area():
+    verdicts = [Verdict(HOT, 0, True, math.nan), Verdict(CLEAN, 1, False, 0.0)]
+    assert math.isnan(STATISTICS["auroc"](verdicts))
+
+
+CAUSES = ("learning_rate_too_high", "attention_mask", "initialization", "loss_function")
+
+
+@given(st.lists(st.tuples(*2 * (st.sampled_from(CAUSES),)), min_size=1, max_size=30))
+def test_macro_f1_is_that_of_scikit_learn_over_the_categories_that_are_true(pairs):
+    from diagnoser.vocabulary import CAUSE_CATEGORY
+
+    verdicts = [
+        Verdict(replace(HOT, causes=(true,)), i, True, 1.0, causes=(said,))
+        for i, (true, said) in enumerate(pairs)
+    ]
+    true, said = ([CAUSE_CATEGORY[c] for c in side] for side in zip(*pairs, strict=True))
+    labels = sorted(set(true))
+    expected = f1_score(true, said, labels=labels, average="macro", zero_division=0)
+    assert STATISTICS["macro_f1"](verdicts) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_compound_is_right_with_either_cause_and_a_judge_without_causes_is_wrong():
+    both = replace(HOT, causes=("label_noise", "optimizer_misconfigured"))
+    right = [Verdict(both, i, True, 1.0, (c,)) for i, c in enumerate(both.causes)]
+    assert STATISTICS["macro_f1"](right) == 1.0
+    assert STATISTICS["macro_f1"]([Verdict(both, 0, True, 1.0)]) == 0.0
+
+
+def test_recall_false_alarms_causes_and_places():
+    verdicts = [
+        Verdict(HOT, 0, True, 0.9, ("learning_rate_too_high", "missing_warmup")),
+        Verdict(HOT, 1, True, 0.8, ("label_noise", "residual", "learning_rate_too_high")),
+        Verdict(FROZEN, 0, True, 0.9, FROZEN.causes, ("model", "layers.0.attention.q")),
+        Verdict(FROZEN, 1, False, 0.1, (), ("head", "layers.0.attention")),
+        *(Verdict(CLEAN, i, i == 0, 0.2) for i in range(4)),
+        Verdict(replace(MASKED, harm="equivalent"), 0, True, 0.9),
+    ]  # fmt: skip
+    found = figures(verdicts)
+    recall = value(found, "recall")
+    assert (recall.value, recall.n) == (0.75, 4) and recall.low < 0.75 < recall.high
+    assert value(found, "false alarms HC1").value == 0.25
+    assert value(found, "false alarms HC5b").value == 1.0  # scored apart
+    assert value(found, "auroc").n == 8
+    assert value(found, "cause_top_1").value == 0.5
+    assert value(found, "cause_top_3").value == 0.75
+    assert value(found, "component_top_1").value == 0.5  # the whole model is no place
+    assert value(found, "component_top_3").value == 1.0
+    assert by_operator(verdicts) == {"O1": (2, 2), "O11b": (1, 2)}
+
+
+def test_nothing_is_said_of_what_nothing_was_counted_on():
+    assert figures([Verdict(CLEAN, 0, False, 0.0)]) == [
+        value(figures([Verdict(CLEAN, 0, False, 0.0)]), "false alarms HC1")
+    ]
+
+
+def test_an_interval_over_configurations_is_wider_than_one_over_runs():
+    alike = [Verdict(HOT, i, True, 1.0, ("learning_rate_too_high",)) for i in range(20)]
+    alike += [Verdict(MASKED, i, True, 1.0, ("label_noise",)) for i in range(20)]
+    figure = value(figures(alike), "cause_top_1")
+    assert (figure.low, figure.value, figure.high) == (0.0, 0.5, 1.0)
+
+
+def test_judges_are_compared_on_the_same_runs_only():
+    good = [Verdict(HOT, i, True, 1.0) for i in range(5)]
+    good += [Verdict(CLEAN, i, False, 0.0) for i in range(5)]
+    bad = [replace(verdict, score=0.5) for verdict in good]
+    gap = difference("auroc", good, bad, STATISTICS["auroc"])
+    assert gap.value == 0.5 and gap.low == gap.high == 0.5
+    with pytest.raises(BenchmarkError, match="same runs"):
+        difference("auroc", good, bad[::-1], STATISTICS["auroc"])
+
+
+# -- rules as a judge ------------------------------------------------------------------------------
+
+
+def seen(truth, findings=(), causes=(), seed=0):
+    grave = any(severity != "low" for _, severity, _ in findings)
+    return Seen(truth, seed, 1.0, NOTHING, Answer(grave, tuple(causes), tuple(findings)))
+
+
+def test_the_precision_of_a_rule_counts_runs_once_and_only_those_whose_truth_is_known():
+    twice = [("spike", "high", "a"), ("spike", "high", "b"), ("odd", "low", "a")]
+    runs = [
+        seen(HOT, twice),
+        seen(CLEAN, twice),
+        seen(CLEAN),
+        seen(replace(HOT, harm="ambiguous"), twice),
+        seen(replace(MASKED, harm="equivalent"), twice),
+    ]
+    assert [is_judged(run) for run in runs] == [True, True, True, False, False]
+    (only,) = precisions(runs).values()
+    assert (only.rule, only.hits, only.n) == ("spike", 1, 2)
+    assert only.low < 0.5 < only.high
+
+
+def test_rules_are_as_sure_as_the_most_precise_that_fires():
+    runs = [seen(HOT, [("sure", "high", "a")], seed=i) for i in range(20)]
+    runs += [seen(CLEAN, [("doubtful", "medium", "a")], seed=i) for i in range(20)]
+    known = precisions(runs)
+    scores = [
+        by_rules(seen(HOT, findings), known).score
+        for findings in (
+            [],
+            [("odd", "low", "a")],
+            [("doubtful", "medium", "a")],
+            [("sure", "high", "a")],
+            [("sure", "high", "a"), ("doubtful", "medium", "a")],
+        )
+    ]
+    assert scores[0] == scores[1] == 0.0
+    assert all(a < b for a, b in pairwise(scores[1:]))
+
+
+def test_rules_name_causes_once_and_components_without_the_whole_model():
+    causes = [("learning_rate_too_high", "model"), ("learning_rate_too_high", "head")]
+    verdict = by_rules(seen(HOT, [("r", "high", "head")], causes), {})
+    assert verdict.causes == ("learning_rate_too_high",)
+    assert verdict.components == ("head",)
+
+
+# -- families --------------------------------------------------------------------------------------
+
+CURVATURE = {"update_curvature", "trace", "lambda_min", "lambda_max", "step_sharpness"}
+CURVATURE |= {"step_lambda", "overshoot", "coupling_share", "coupling_norm"}
+FORWARD = {"attention_entropy", "attention_logit", "empty_rows"}
+FORWARD |= {"input_scale", "input_similarity", "input_zero_share"}
+
+
+def test_every_feature_is_in_the_family_of_what_it_is_measured_from():
+    for name, feature in CATALOGUE.items():
+        of = set(feature.quantities)
+        family = family_of(
+            {"run": "", "component": "component.", "pair": "pair."}[feature.scope] + name
+        )
+        assert (family == "H") == bool(of & CURVATURE), name
+        assert (family == "A") == bool(of & FORWARD), name
+
+
+def test_a_row_of_numbers_is_told_apart_by_name_alone():
+    assert {family_of(f"excess.{n}.latest") for n in ("trace_z", "step_lambda")} == {"H"}
+    assert np.unique([family_of(n) for n in ("loss_rise.latest", "accuracy.highest")]) == ["L"]
