@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, roc_auc_score
 
-from diagnoser.benchmark.dataset import Answer, Seen, Truth
+from diagnoser.benchmark.dataset import Answer, Look, Seen, Truth
 from diagnoser.benchmark.evaluate import family_of
 from diagnoser.benchmark.judges import by_rules, is_judged, precisions
 from diagnoser.benchmark.scoring import (
@@ -169,7 +169,8 @@ def test_judges_are_compared_on_the_same_runs_only():
 
 def seen(truth, findings=(), causes=(), seed=0):
     grave = any(severity != "low" for _, severity, _ in findings)
-    return Seen(truth, seed, 1.0, NOTHING, Answer(grave, tuple(causes), tuple(findings)))
+    answer = Answer(grave, tuple(causes), tuple(findings))
+    return Seen(truth, Look(seed, 1.0, NOTHING, answer, {}, {}))
 
 
 def test_the_precision_of_a_rule_counts_runs_once_and_only_those_whose_truth_is_known():

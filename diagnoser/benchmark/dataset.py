@@ -8,10 +8,12 @@ code that computes them, or a log, changed.
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import diagnoser
+from diagnoser.benchmark.baselines import (
+    Opinion,
+    autotrainer,
+    deepfd_features,
+    entropy_argmax,
+    gradient_norm_argmax,
+    loss_only,
+    update_ratio_argmax,
+)
 from diagnoser.benchmark.configuration import Catalogue, code_digest
 from diagnoser.benchmark.harm import OK, Harm
 from diagnoser.benchmark.jobs import Mode
@@ -37,8 +48,11 @@ from diagnoser.types import Diagnosis
 PREFIXES: Final = (0.10, 0.25, 0.50, 1.00)
 # Before these shares of a run there is nothing to be seen of a mistake.
 NOT_YET: Final = {"X2": 0.50, "E1": 0.99}
-CODE: Final = ("features", "classifier/vectors.py", "table.py", "rules", "diagnosis.py", "runlog")
-IDENTITY: Final = ("seed", "prefix", "rules")  # columns that are no features
+CODE: Final = (
+    *("features", "classifier/vectors.py", "table.py", "rules", "diagnosis.py", "runlog"),
+    *("benchmark/baselines.py", "benchmark/harm.py"),
+)
+IDENTITY: Final = ("seed", "prefix", "rules", "opinions", "deepfd")  # columns of no feature
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +116,26 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Seen:
-    """A run as far as it was seen, and its truth."""
+class Look:
+    """What all judges see of a run, and what those say that need not learn.
 
-    truth: Truth
+    ``opinions`` are of the baselines by name, ``deepfd`` the features that DeepFD learns from.
+    """
+
     seed: int
     prefix: float
     vectors: Vectors
     rules: Answer
+    opinions: Mapping[str, Opinion]
+    deepfd: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Seen:
+    """A look at a run, and its truth."""
+
+    truth: Truth
+    look: Look
 
 
 def truths(items: Iterable[Item], harms: Iterable[Harm], known: Catalogue) -> dict[str, Truth]:
@@ -172,15 +198,38 @@ def rules_say(diagnosis: Diagnosis) -> Answer:
     )
 
 
-def compute(log: Path, folder: Path) -> list[tuple[float, Vectors, Answer]]:
-    """Returns, at each prefix of a run, the classifier's numbers and what the rules say."""
+def compute(log: Path, seed: int, folder: Path) -> list[Look]:
+    """Looks at a run at each prefix."""
     whole, rules = recording_of(log.read_bytes(), folder), default_rules()
     found = []
     for prefix in PREFIXES:
         recording = cut(whole, prefix)
-        answer = rules_say(diagnose(recording, rules))
-        found.append((prefix, vectors(feature_tables(recording)), answer))
+        found.append(
+            Look(
+                seed,
+                prefix,
+                vectors(feature_tables(recording)),
+                rules_say(diagnose(recording, rules)),
+                opinions(recording),
+                deepfd_features(recording),
+            )
+        )
     return found
+
+
+def opinions(recording: Recording) -> dict[str, Opinion]:
+    """Returns what the baselines that need not learn say of a run, by name."""
+    alarm = loss_only(recording)
+    ranked = {
+        "gradient norm": gradient_norm_argmax(recording),
+        "update ratio": update_ratio_argmax(recording),
+        "entropy": entropy_argmax(recording),
+    }
+    return {
+        "loss": Opinion(alarm >= 0, alarm),
+        "autotrainer": autotrainer(recording),
+        **{name: Opinion(True, math.nan, (), order) for name, order in ranked.items()},
+    }
 
 
 def digest_of_code() -> str:
@@ -192,12 +241,10 @@ def digest_of_code() -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
-def features(
-    store: Store, mode: Mode, digest: str, code: str, folder: Path
-) -> list[tuple[int, float, Vectors, Answer]]:
-    """Returns (seed, prefix, numbers, rules) of the watched runs of a configuration.
+def features(store: Store, mode: Mode, digest: str, code: str, folder: Path) -> list[Look]:
+    """Looks at the watched runs of a configuration.
 
-    They are read where they were computed by this code from these logs, else computed.
+    What was computed by this code from these logs is read, the rest computed.
     """
     rows = [row for row in store.rows(mode, digest) if row["status"] == OK]
     if not rows:
@@ -211,8 +258,7 @@ def features(
     for row in rows:
         own = folder / f"{mode}-{digest}-{row['seed']}"
         own.mkdir()
-        for prefix, numbers, answer in compute(store.log_path(mode, digest, row["seed"]), own):
-            found.append((int(row["seed"]), prefix, numbers, answer))
+        found += compute(store.log_path(mode, digest, row["seed"]), int(row["seed"]), own)
     _write(_paths(store, mode, digest), note, found)
     return found
 
@@ -225,17 +271,20 @@ def _paths(store: Store, mode: Mode, digest: str) -> tuple[Path, Path]:
 def _write(
     paths: tuple[Path, Path],
     note: Mapping[str, str],
-    found: Sequence[tuple[int, float, Vectors, Answer]],
+    found: Sequence[Look],
 ) -> None:
     runs, components = [], []
-    for seed, prefix, of, answer in found:
-        said = json.dumps([answer.faulty, answer.causes, answer.findings])
-        runs.append({"seed": seed, "prefix": prefix, "rules": said, **of.run})
+    for look in found:
+        of, key = look.vectors, {"seed": look.seed, "prefix": look.prefix}
+        said = {
+            "rules": json.dumps(dataclasses.astuple(look.rules)),
+            "opinions": json.dumps({k: dataclasses.astuple(v) for k, v in look.opinions.items()}),
+            "deepfd": json.dumps(dict(look.deepfd)),
+        }
+        runs.append({**key, **said, **of.run})
         for i, (name, kind) in enumerate(zip(of.names, of.kinds, strict=True)):
             numbers = {column: float(values[i]) for column, values in of.components.items()}
-            components.append(
-                {"seed": seed, "prefix": prefix, "name": name, "kind": kind, **numbers}
-            )
+            components.append({**key, "name": name, "kind": kind, **numbers})
     for path, rows in zip(paths, (runs, components), strict=True):
         content = io.BytesIO()
         table = pa.Table.from_pylist(rows).replace_schema_metadata(dict(note))
@@ -243,9 +292,7 @@ def _write(
         write_whole(path, content.getvalue())
 
 
-def _read(
-    paths: tuple[Path, Path], note: Mapping[str, str]
-) -> list[tuple[int, float, Vectors, Answer]] | None:
+def _read(paths: tuple[Path, Path], note: Mapping[str, str]) -> list[Look] | None:
     tables = []
     for path in paths:
         try:
@@ -256,10 +303,10 @@ def _read(
         if any(stored.get(name) != value for name, value in note.items()):
             return None
         tables.append(table)
-    return list(_vectors(*tables))
+    return list(_looks(*tables))
 
 
-def _vectors(runs: pa.Table, components: pa.Table) -> Iterator[tuple[int, float, Vectors, Answer]]:
+def _looks(runs: pa.Table, components: pa.Table) -> Iterator[Look]:
     columns = [c for c in components.column_names if c not in {"seed", "prefix", "name", "kind"}]
     numbers = {c: components[c].to_numpy(zero_copy_only=False).astype(float) for c in columns}
     names, kinds = components["name"].to_pylist(), components["kind"].to_pylist()
@@ -270,6 +317,11 @@ def _vectors(runs: pa.Table, components: pa.Table) -> Iterator[tuple[int, float,
     for row in runs.to_pylist():
         faulty, causes, findings = json.loads(row["rules"])
         answer = Answer(faulty, tuple(map(tuple, causes)), tuple(map(tuple, findings)))
+        said = json.loads(row["opinions"])
+        others = {
+            name: Opinion(faulty, score, tuple(causes), tuple(components))
+            for name, (faulty, score, causes, components) in said.items()
+        }
         own = np.array(at.get((row["seed"], row["prefix"]), []), dtype=int)
         of = Vectors(
             {name: _number(value) for name, value in row.items() if name not in IDENTITY},
@@ -277,7 +329,14 @@ def _vectors(runs: pa.Table, components: pa.Table) -> Iterator[tuple[int, float,
             tuple(names[i] for i in own),
             tuple(kinds[i] for i in own),
         )
-        yield int(row["seed"]), float(row["prefix"]), of, answer
+        yield Look(
+            int(row["seed"]),
+            float(row["prefix"]),
+            of,
+            answer,
+            others,
+            json.loads(row["deepfd"]),
+        )
 
 
 def _number(value: Any) -> float:

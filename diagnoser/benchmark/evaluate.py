@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Final
 import numpy as np
 from joblib import Parallel, delayed
 
+from diagnoser.benchmark.baselines import DeepFD, fit_deepfd
 from diagnoser.benchmark.configuration import Catalogue
 from diagnoser.benchmark.dataset import Seen, digest_of_code, features, truths
 from diagnoser.benchmark.harm import Harm
@@ -18,6 +20,8 @@ from diagnoser.benchmark.jobs import Mode
 from diagnoser.benchmark.judges import (
     Precision,
     by_classifier,
+    by_deepfd,
+    by_opinion,
     by_rules,
     example,
     is_judged,
@@ -31,6 +35,7 @@ from diagnoser.classifier import Classifier, fit
 from diagnoser.errors import BenchmarkError
 
 FALSE_ALARMS: Final = 0.05  # of healthy runs that the joint threshold lets through
+OPINIONS: Final = ("loss", "autotrainer", "gradient norm", "update ratio", "entropy")
 FAMILIES: Final = ("L", "G", "A", "H")  # loss, gradients and program, attention and inputs, Hessian
 OF_LOSS: Final = ("loss_", "non_finite_loss", "accuracy")
 OF_FORWARD: Final = ("attention_", "initial_attention_", "entropy_", "empty_rows", "input_")
@@ -42,9 +47,10 @@ OF_CURVATURE: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """A classifier, the precision of every rule on what it learned from, and a joint threshold."""
+    """What was learned: a classifier, DeepFD, the precision of every rule, a joint threshold."""
 
     classifier: Classifier
+    deepfd: DeepFD
     precision: Mapping[str, Precision]
     threshold: float
 
@@ -78,10 +84,10 @@ def read(
             delayed(features)(store, mode, digest, code, Path(folder)) for digest in hashes
         )
     seen = [
-        Seen(true[digest], seed, prefix, numbers, answer)
-        for digest, rows in zip(hashes, found, strict=True)
-        for seed, prefix, numbers, answer in rows
-        if true[digest].shows(prefix)
+        Seen(true[digest], look)
+        for digest, looks in zip(hashes, found, strict=True)
+        for look in looks
+        if true[digest].shows(look.prefix)
     ]
     if not seen:
         raise BenchmarkError(f"{store.directory}: no watched run; `diagnoser bench run` makes them")
@@ -98,15 +104,17 @@ def learn(seen: Sequence[Seen], families: Iterable[str] = FAMILIES) -> Learned:
     if not chosen:
         raise BenchmarkError("no run is known to be faulty or healthy: is `bench truth` finished?")
     wanted = set(families)
-    run_columns = _columns((run.vectors.run for run in chosen), wanted)
-    component_columns = _columns((run.vectors.components for run in chosen), wanted)
+    run_columns = _columns((run.look.vectors.run for run in chosen), wanted)
+    component_columns = _columns((run.look.vectors.components for run in chosen), wanted)
     about = {"families": sorted(wanted), "runs": len(chosen)}
     classifier = fit([example(run) for run in chosen], run_columns, component_columns, about)
     precision = precisions(chosen)
     healthy = [run for run in chosen if run.truth.control in HEALTHY]
     scores = [together(run, classifier, precision, 0.0).score for run in healthy]
     threshold = max(float(np.quantile(scores, 1.0 - FALSE_ALARMS)), classifier.threshold)
-    return Learned(classifier, precision, threshold)
+    labels = [run.truth.causes if run.truth.is_faulty else () for run in chosen]
+    deepfd = fit_deepfd([run.look.deepfd for run in chosen], labels)
+    return Learned(classifier, deepfd, precision, threshold)
 
 
 def _columns(rows: Iterable[Mapping[str, object]], families: set[str]) -> tuple[str, ...]:
@@ -121,15 +129,17 @@ def judges(learned: Learned) -> dict[str, Callable[[Seen], Verdict]]:
         "rules": lambda run: by_rules(run, precision),
         "classifier": lambda run: by_classifier(run, learned.classifier),
         "together": lambda run: together(run, learned.classifier, precision, learned.threshold),
+        "deepfd": lambda run: by_deepfd(run, learned.deepfd),
+        **{name: functools.partial(by_opinion, name=name) for name in OPINIONS},
     }
 
 
 def score(learned: Learned, seen: Sequence[Seen]) -> dict[str, dict[float, list[Figure]]]:
     """Scores every judge at every prefix, by name and prefix."""
-    prefixes = sorted({run.prefix for run in seen})
+    prefixes = sorted({run.look.prefix for run in seen})
     return {
         name: {
-            prefix: figures([judge(run) for run in seen if run.prefix == prefix])
+            prefix: figures([judge(run) for run in seen if run.look.prefix == prefix])
             for prefix in prefixes
         }
         for name, judge in judges(learned).items()

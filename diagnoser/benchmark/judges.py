@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from diagnoser.benchmark.baselines import DeepFD
 from diagnoser.benchmark.dataset import Seen
 from diagnoser.benchmark.intervals import wilson
 from diagnoser.benchmark.scoring import HEALTHY, Verdict
@@ -40,7 +41,7 @@ def precisions(seen: Iterable[Seen]) -> dict[str, Precision]:
     for run in seen:
         if not is_judged(run):
             continue
-        fired = {name for name, severity, _ in run.rules.findings if _is_grave(severity)}
+        fired = {name for name, severity, _ in run.look.rules.findings if _is_grave(severity)}
         for name in fired:
             hits, n = counts.get(name, (0, 0))
             counts[name] = (hits + run.truth.is_faulty, n + 1)
@@ -59,27 +60,39 @@ def example(run: Seen) -> Example:
     """Returns what the classifier learns from a run. Twins and severities stay together."""
     truth = run.truth
     group = f"{truth.subject} {'+'.join(truth.operators) or 'clean'}"
-    return Example(run.vectors, truth.is_faulty, truth.causes, truth.components, group)
+    return Example(run.look.vectors, truth.is_faulty, truth.causes, truth.components, group)
 
 
 def by_rules(run: Seen, precision: Mapping[str, Precision]) -> Verdict:
     """The rules: as sure as the most precise rule that fires, more so the more fire."""
     values = [
         precision[name].value if name in precision else 0.5
-        for name, severity, _ in run.rules.findings
+        for name, severity, _ in run.look.rules.findings
         if _is_grave(severity)
     ]
     score = max(values, default=0.0) + 0.001 * min(len(values), 50)
-    causes = tuple(dict.fromkeys(cause for cause, _ in run.rules.causes))
-    return Verdict(run.truth, run.seed, run.rules.faulty, score, causes, _named(run))
+    causes = tuple(dict.fromkeys(cause for cause, _ in run.look.rules.causes))
+    return Verdict(run.truth, run.look.seed, run.look.rules.faulty, score, causes, _named(run))
+
+
+def by_opinion(run: Seen, name: str) -> Verdict:
+    """A baseline that need not learn; of one without a score NaN, which has no AUROC."""
+    said = run.look.opinions[name]
+    return Verdict(run.truth, run.look.seed, said.faulty, said.score, said.causes, said.components)
+
+
+def by_deepfd(run: Seen, learned: DeepFD) -> Verdict:
+    """DeepFD's features and its three estimators, united."""
+    said = learned.predict(run.look.deepfd)
+    return Verdict(run.truth, run.look.seed, said.faulty, said.score, said.causes)
 
 
 def by_classifier(run: Seen, classifier: Classifier) -> Verdict:
     """The classifier alone."""
-    said = classifier.predict(run.vectors)
+    said = classifier.predict(run.look.vectors)
     return Verdict(
         run.truth,
-        run.seed,
+        run.look.seed,
         said.faulty >= classifier.threshold,
         said.faulty,
         tuple(cause for cause, _ in said.causes),
@@ -91,13 +104,13 @@ def together(
     run: Seen, classifier: Classifier, precision: Mapping[str, Precision], threshold: float
 ) -> Verdict:
     """Rules and classifier as independent witnesses; causes and components by summed belief."""
-    said = classifier.predict(run.vectors)
+    said = classifier.predict(run.look.vectors)
     rules = by_rules(run, precision)
     belief = min(rules.score, 0.999)
     score = 1.0 - (1.0 - said.faulty) * (1.0 - belief)
     return Verdict(
         run.truth,
-        run.seed,
+        run.look.seed,
         score >= threshold,
         score,
         _merged(rules.causes, said.causes, belief),
@@ -116,7 +129,7 @@ def _merged(
 
 
 def _named(run: Seen) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(where for _, where in run.rules.causes if where != MODEL))
+    return tuple(dict.fromkeys(where for _, where in run.look.rules.causes if where != MODEL))
 
 
 def _is_grave(severity: str) -> bool:
@@ -126,6 +139,8 @@ def _is_grave(severity: str) -> bool:
 __all__ = [
     "Precision",
     "by_classifier",
+    "by_deepfd",
+    "by_opinion",
     "by_rules",
     "example",
     "is_judged",
