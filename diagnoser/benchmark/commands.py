@@ -64,7 +64,7 @@ def plan(request: Request) -> None:
     known, made = _begin(request)
     store = Store(request.out, to_stderr)
     print(f"size {request.size}: {len(made.items)} configurations")
-    lines = [["subject", "role", "configurations", "truth runs", "watched", "at budget"]]
+    lines = [["subject", "role", "configurations", "truth runs", "at budget", "watched"]]
     groups: dict[tuple[str, str], list[Item]] = {}
     for item in made.items:
         groups.setdefault((item.configuration.subject, item.role), []).append(item)

@@ -46,6 +46,8 @@ from diagnoser.runlog import LOG_FILE, Recording, read_run
 from diagnoser.types import Diagnosis
 
 PREFIXES: Final = (0.10, 0.25, 0.50, 1.00)
+HARMLESS: Final = ("equivalent", "not worse")
+UNPROVEN: Final = {"proven": "", "ambiguous": "HCx", "incomplete": ""}
 # Before these shares of a run there is nothing to be seen of a mistake.
 NOT_YET: Final = {"X2": 0.50, "E1": 0.99}
 CODE: Final = (
@@ -91,14 +93,15 @@ class Truth:
     def control(self) -> str:
         """The set of healthy controls that it belongs to; empty: it is none.
 
-        HC1 clean, HC2 to HC4 as planned unless harm was proven, HC5a a harmless number, HC5b a
-        harmless defect.
+        HC1 clean, HC2 to HC4 as planned where they are as good as clean, HC5a a harmless number,
+        HC5b a harmless defect; HCx a planned control of which that is not proven.
         """
         if self.role == "clean":
             return "HC1"
+        harmless = self.harm in HARMLESS
         if self.role.startswith("HC"):
-            return self.role if self.harm != "proven" else ""
-        if self.role == "fault" and self.harm == "equivalent":
+            return self.role if harmless or self.harm == "no effect" else UNPROVEN[self.harm]
+        if self.role == "fault" and harmless:
             return "HC5b" if self.defect else "HC5a"
         return ""
 
@@ -143,7 +146,7 @@ def truths(items: Iterable[Item], harms: Iterable[Harm], known: Catalogue) -> di
     judged = {harm.hash: harm for harm in harms if harm.role != "remedy"}
     found = {}
     for item in items:
-        if item.role == "remedy" or item.hash not in judged:
+        if item.role in {"remedy", "twin"} or item.hash not in judged:
             continue
         made, harm = item.configuration, judged[item.hash]
         subject = known.subject(made.subject)

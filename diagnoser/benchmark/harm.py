@@ -7,7 +7,9 @@ is
 * ``proven`` when the exact sign-flip test, Holm-corrected over the configurations of its subject,
   has p < 0.05, Cohen's d is at least 0.5 (DeepCrime, ISSTA 2021), and the mean loss of score is at
   least the margin: the larger of 2 standard deviations of the clean runs and the subject's floor;
-* ``equivalent`` when the same test places it inside half that margin on both sides;
+* ``equivalent`` when the same test places it inside half that margin on both sides, and ``not
+  worse`` when it does so on the side of harm alone;
+* ``no effect`` when every run gives the numbers of its clean twin, bit for bit;
 * ``ambiguous`` otherwise, and ``incomplete`` where fewer than `FEWEST` pairs are finished.
 
 A remedy is ``restored`` when the same test places it inside the margin, and ``identical`` when the
@@ -32,6 +34,8 @@ TRIVIAL = 0.95  # share of seeds on which the loss alone betrays a mistake
 FEWEST = 3  # pairs
 SPLITS = 200
 OK = "ok"
+CLEAN_ROLES = ("clean", "twin")
+NUMBERS = ("score", "loss", "area", "last_loss")  # of a run
 
 Row = Mapping[str, Any]  # one run, as `results` stores it
 
@@ -44,7 +48,7 @@ class Judged:
     clean: str  # the hash of its clean twin
     subject: str
     recipe: str
-    role: str  # clean, fault, compound, remedy, HC2, HC3 or HC4
+    role: str  # clean, twin, fault, compound, remedy, HC2, HC3 or HC4
     operator: str
     severity: str
     place: str
@@ -75,6 +79,7 @@ class Harm:
     p: float
     p_holm: float
     p_equivalent: float
+    p_not_worse: float
     cohen_d: float
     diverged: int
     loss_alarms: float  # share of the runs in which the loss alone raises an alarm
@@ -119,12 +124,23 @@ def judge(
         scores = {h: scores_of(group, worst) for h, group in known.items()}
         raw = {e: _compare(e, known[e.hash], scores, floors[subject]) for e in entries}
         tested = {
-            e.hash: harm.p for e, harm in raw.items() if e.role not in {"clean", "remedy"}
+            e.hash: harm.p for e, harm in raw.items() if e.role not in {*CLEAN_ROLES, "remedy"}
         }  # a configuration that two roles share is one test
         adjusted = holm({h: p for h, p in tested.items() if not math.isnan(p)})
         for entry, harm in raw.items():
-            found[entry] = _decide(entry, harm, adjusted.get(entry.hash, math.nan))
+            same = _is_same(known[entry.hash], known[entry.clean])
+            found[entry] = _decide(entry, harm, adjusted.get(entry.hash, math.nan), same=same)
     return [found[entry] for group in by_subject.values() for entry in group]
+
+
+def _is_same(rows: Sequence[Row], clean: Sequence[Row]) -> bool:
+    """Whether all runs give the numbers of the clean run of their seed, bit for bit."""
+    twins = {row["seed"]: row for row in clean if row["status"] == OK}
+    own = [row for row in rows if row["status"] == OK]
+    return bool(own) and all(
+        row["seed"] in twins and all(row[name] == twins[row["seed"]][name] for name in NUMBERS)
+        for row in own
+    )
 
 
 def worst_rank(scores: Sequence[float]) -> float:
@@ -184,6 +200,7 @@ def _compare(
         p=sign_flip_p(gaps) if enough else math.nan,
         p_holm=math.nan,
         p_equivalent=equivalence_p(gaps, inside) if enough else math.nan,
+        p_not_worse=sign_flip_p(inside - gaps) if enough else math.nan,
         cohen_d=cohen_d([clean[s] for s in seeds], [faulty[s] for s in seeds])
         if enough
         else math.nan,
@@ -193,8 +210,8 @@ def _compare(
     )
 
 
-def _decide(entry: Judged, harm: Harm, p_holm: float) -> Harm:
-    if entry.role == "clean":
+def _decide(entry: Judged, harm: Harm, p_holm: float, *, same: bool) -> Harm:
+    if entry.role in CLEAN_ROLES:
         verdict = "clean"
     elif entry.identical:
         verdict = "identical"
@@ -204,8 +221,12 @@ def _decide(entry: Judged, harm: Harm, p_holm: float) -> Harm:
         verdict = "restored" if harm.p_equivalent < SIGNIFICANCE else "not restored"
     elif is_proven(p_holm, harm.cohen_d, harm.gap, harm.margin):
         verdict = "proven"
+    elif same:
+        verdict = "no effect"
+    elif harm.p_equivalent < SIGNIFICANCE:
+        verdict = "equivalent"
     else:
-        verdict = "equivalent" if harm.p_equivalent < SIGNIFICANCE else "ambiguous"
+        verdict = "not worse" if harm.p_not_worse < SIGNIFICANCE else "ambiguous"
     values = {name: getattr(harm, name) for name in Harm.__slots__}
     return Harm(**{**values, "harm": verdict, "p_holm": p_holm})
 

@@ -23,7 +23,8 @@ from diagnoser.errors import UsageError
 from diagnoser.injection import Operator, Place, Subject, Training, assemble, snapshot
 
 HIGH = "high"
-CLEAN, FAULT, COMPOUND, REMEDY = "clean", "fault", "compound", "remedy"
+NEEDED = ("dropout",)  # settings that a mistake needs and that are no part of it
+CLEAN, TWIN, FAULT, COMPOUND, REMEDY = "clean", "twin", "fault", "compound", "remedy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class Item:
     configuration: Configuration
     hash: str
     clean: str  # hash of the clean twin
-    role: str  # clean, fault, compound, remedy, or the set of a control: HC2, HC3, HC4
+    role: str  # clean, twin, fault, compound, remedy, or the set of a control: HC2, HC3, HC4
     track: str  # the subject's split: train, dev or test
     truth: tuple[int, ...]
     watched: tuple[int, ...]
@@ -189,7 +190,9 @@ class _Planner:
         self.known, self.size, self.subject = known, size, subject
         self.position, self.tried = position, tried
         steps = size.steps
+        self.overrides: tuple[tuple[str, object], ...]
         self.overrides = () if steps is None else (("steps", steps),)
+        self.twins: dict[str, Item] = {}  # clean but for what a mistake needs, by hash
 
     def items(self, wanted: Collection[str]) -> list[Item]:
         """Clean recipes first, so that what is judged against them is never without them."""
@@ -198,7 +201,7 @@ class _Planner:
         if not recipes and not wanted:
             recipes = dict.fromkeys([min(self.subject.recipes)])
         clean = [self._clean(recipe) for recipe in sorted(recipes)]
-        return [*clean, *faults]
+        return [*clean, *self.twins.values(), *faults]
 
     def _names(self) -> Iterator[str]:
         mistakes = [name for name in self.known.operators if name in self.size.operators]
@@ -260,7 +263,7 @@ class _Planner:
         return Item(
             made,
             content_hash(made, self.known),
-            self._clean(recipe).hash,
+            self._twin(recipe, injections).hash,
             role,
             self.subject.split,
             tuple(range(0 if identical else size.pairs)),
@@ -277,6 +280,26 @@ class _Planner:
         counts = (size.clean_seeds, size.watched_clean, size.budgeted_clean)
         seeds, watched, budgeted = (tuple(range(count)) for count in counts)
         return Item(made, digest, digest, CLEAN, self.subject.split, seeds, watched, budgeted)
+
+    def _twin(self, recipe: str, injections: tuple[tuple[str, str, str], ...]) -> Item:
+        """The clean training that a mistake is held against, with the dropout that it sets."""
+        set_too = {
+            name: value
+            for operator, severity, _ in injections
+            for name, value in self.known.operator(operator).severities[severity].items()
+            if name in NEEDED
+        }
+        if not set_too:
+            return self._clean(recipe)
+        made = Configuration(
+            subject=self.subject.name,
+            recipe=recipe,
+            overrides=(*self.overrides, *sorted(set_too.items())),
+        )
+        digest = content_hash(made, self.known)
+        seeds = tuple(range(self.size.pairs))
+        twin = Item(made, digest, digest, TWIN, self.subject.split, seeds, (), ())
+        return self.twins.setdefault(digest, twin)
 
     @functools.cache  # noqa: B019
     def _clean_snapshot(self, recipe: str) -> Mapping[str, str]:

@@ -22,8 +22,9 @@ from diagnoser.classifier import to_blame
 from diagnoser.errors import BenchmarkError
 from diagnoser.vocabulary import CAUSE_CATEGORY, MODEL
 
-CONTROLS: Final = ("HC1", "HC2", "HC3", "HC4", "HC5a", "HC5b")
-HEALTHY: Final = CONTROLS[:-1]  # a latent defect is scored apart
+HEALTHY: Final = ("HC1", "HC2", "HC3", "HC4", "HC5a")
+# Scored apart: latent defects, and controls that were not proven to be as good as clean runs.
+CONTROLS: Final = (*HEALTHY, "HC5b", "HCx")
 UNNAMED: Final = ""  # the category of a judge that names no cause
 
 

@@ -24,6 +24,7 @@ from diagnoser.injection.changes import (
 from diagnoser.injection.operator import Change, Operator, Place, Remedy, Values
 from diagnoser.injection.placing import (
     SCORING,
+    Places,
     attention_paths,
     attentions,
     components_in,
@@ -227,14 +228,80 @@ def _frequencies(_: Training, place: Place) -> tuple[str, ...]:
     return tuple(f"buffer.{path}.inverse_frequencies" for path in place.modules)
 
 
+def _sees_nothing_later(training: Training) -> frozenset[str]:
+    """Paths of the attention modules that are given a mask which hides every later position."""
+    masks_of: dict[str, Tensor] = {}
+
+    def spy(path: str, right: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def weigh(scores: Tensor, visible: Tensor | None) -> Tensor:
+            if visible is not None:
+                masks_of[path] = visible
+            return right(scores, visible)
+
+        return weigh
+
+    held: dict[str, Any] = {p: training.model.get_submodule(p) for p in attention_paths(training)}
+    right = {path: module.weigh for path, module in held.items()}
+    for path, module in held.items():
+        module.weigh = spy(path, module.weigh)
+    try:
+        few = {name: tensor[:2] for name, tensor in training.subject.data().train.items()}
+        with torch.no_grad():
+            training.subject.predict(training.model, few)
+    finally:
+        for path, module in held.items():
+            module.weigh = right[path]
+    return frozenset(
+        path
+        for path, mask in masks_of.items()
+        if mask.shape[-2] == mask.shape[-1] > 1 and not bool(mask.triu(1).any())
+    )
+
+
+def _undoable(find: Places) -> Places:
+    """Places where a leak of later positions can be undone for scoring, or is none.
+
+    That is everywhere in a model without causal masks and in one with nothing else. In a decoder
+    beside an encoder the two cannot be told apart when it is undone, so that it is left out.
+    """
+
+    def found(training: Training) -> tuple[Place, ...]:
+        candidates = find(training)
+        if not candidates or only_causal(training):
+            return candidates
+        causal = _sees_nothing_later(training)
+        return tuple(place for place in candidates if not causal & set(place.modules))
+
+    return found
+
+
+def _padding_matters(training: Training) -> tuple[Place, ...]:
+    """The whole model, where padding could be seen: before a causal mask it always comes later."""
+    return () if only_causal(training) else masks(padded=True)(training)
+
+
+def _plain_encoder(training: Training) -> tuple[Place, ...]:
+    return () if masks(causal=True)(training) else masks(causal=False)(training)
+
+
+def _over(axis: int) -> Change:
+    """The softmax over another axis; with a causal mask that lets later positions through."""
+    return attribute_change(
+        "weigh", lambda module, _: functools.partial(module.weigh, axis=axis), leak=True
+    )
+
+
+MASKED: Final = masks()
+
+
 def _of_mask(
     id: str,
     name: str,
     summary: str,
     options: Mapping[str, Any],
     *,
+    places: Places = MASKED,
     causal: bool | None = None,
-    padded: bool = False,
     faults: tuple[str, ...] = ("program_defect",),
     remedies: tuple[Remedy, ...] = (),
     leak: bool = False,
@@ -246,7 +313,7 @@ def _of_mask(
         name=name,
         summary=summary,
         change=visible_change(options, causal=causal, leak=leak),
-        places=masks(causal=causal, padded=padded),
+        places=places,
         severities={"high": {}},
         faults=faults,
         causes=("attention_mask",),
@@ -335,10 +402,10 @@ SCALE: Final[tuple[Operator, ...]] = (
         id="S6a",
         name="softmax-over-queries",
         summary="The softmax runs over the queries, so that columns sum to one.",
-        change=weigh_change(lambda _, __: {"axis": -2}),
-        places=attentions(SCORING),
+        change=_over(-2),
+        places=_undoable(attentions(SCORING)),
         severities={"high": {}},
-        faults=("program_defect", "uniform_attention"),
+        faults=("program_defect", "uniform_attention", "target_leak"),
         causes=("softmax_axis",),
         attention="Y",
     ),
@@ -346,10 +413,10 @@ SCALE: Final[tuple[Operator, ...]] = (
         id="S6b",
         name="softmax-over-heads",
         summary="The softmax runs over the heads.",
-        change=weigh_change(lambda _, __: {"axis": -3}),
-        places=attentions(SCORING, suits=_several_heads),
+        change=_over(-3),
+        places=_undoable(attentions(SCORING, suits=_several_heads)),
         severities={"high": {}},
-        faults=("program_defect", "uniform_attention"),
+        faults=("program_defect", "uniform_attention", "target_leak"),
         causes=("softmax_axis",),
         attention="Y",
     ),
@@ -457,7 +524,7 @@ WIRING: Final[tuple[Operator, ...]] = (
         name="heads-viewed",
         summary="Heads are cut by a view without the transpose, which mixes places.",
         change=attribute_change("split_heads", lambda _, __: viewed_heads, leak=True),
-        places=attentions(suits=_splits),
+        places=_undoable(attentions(suits=_splits)),
         severities={"high": {}},
         faults=("program_defect",),
         causes=("attention_wiring",),
@@ -483,7 +550,7 @@ MASKS: Final[tuple[Operator, ...]] = (
         "padding-seen",
         "Padding is not hidden from attention.",
         {"padding": False},
-        padded=True,
+        places=_padding_matters,
     ),
     _of_mask(
         "M2",
@@ -491,6 +558,7 @@ MASKS: Final[tuple[Operator, ...]] = (
         "What may be seen and what may not change places in the mask.",
         {"inverted": True},
         leak=True,
+        faults=("program_defect", "target_leak"),
         gradients="P",
     ),
     _of_mask(
@@ -498,7 +566,7 @@ MASKS: Final[tuple[Operator, ...]] = (
         "mask-on-queries",
         "The padding mask is laid on the queries and not on the keys.",
         {"padding_axis": -2},
-        padded=True,
+        places=_padding_matters,
     ),
     _of_mask(
         "M4",
@@ -525,6 +593,7 @@ MASKS: Final[tuple[Operator, ...]] = (
         "causal-encoder",
         "An encoder has a causal mask, and sees half of its context.",
         {"causal": True},
+        places=_plain_encoder,
         causal=False,
     ),
 )

@@ -307,7 +307,7 @@ RECIPES: Final[tuple[Operator, ...]] = (
         "some-weight-decay",
         "A weight decay of 0.05.",
         _set(weight_decay=0.05),
-        where(lambda settings: settings.weight_decay != 0.05),
+        where(lambda s: s.optimizer == "adamw" and s.weight_decay != 0.05),
     ),
     _control(
         "R7",

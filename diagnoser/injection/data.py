@@ -46,6 +46,13 @@ def _inputs(_: Training, __: Place) -> tuple[str, ...]:
     return (f"data.train.{INPUTS}", f"data.held_out.{INPUTS}")
 
 
+def _can_be_sorted(training: Training) -> tuple[Place, ...]:
+    """The whole model, where the target that batches would be sorted by differs at all."""
+    targets = training.subject.data().train[TARGETS]
+    keys = targets.flatten(1)[:, 0] if targets.ndim > 1 else targets
+    return WHOLE_MODEL if bool((keys != keys[0]).any()) else ()
+
+
 def _has_inputs(training: Training) -> tuple[Place, ...]:
     return WHOLE_MODEL if INPUTS in training.subject.data().train else ()
 
@@ -74,7 +81,7 @@ DATA: Final[tuple[Operator, ...]] = (
         name="sorted-batches",
         summary="Batches are taken in the order of the targets.",
         change=settings_change("shuffle", to=lambda _, __, ___: {"shuffle": False}),
-        places=anywhere,
+        places=_can_be_sorted,
         severities={"high": {}},
         faults=("oscillating_loss", "program_defect"),
         causes=("data_order",),
