@@ -111,7 +111,7 @@ def harm_of(item, verdict):
     judged = item.judged()
     words = (judged.hash, judged.subject, judged.recipe, judged.role, judged.operator)
     rest = (judged.severity, judged.place, judged.remedy, verdict, 12, 0)
-    return Harm(*words, *rest, *(0.0,) * 8, 0, 0.0, trivial=False)
+    return Harm(*words, *rest, *(0.0,) * 9, 0, 0.0, trivial=False)
 
 
 def test_a_watched_run_is_measured_sixteen_times_with_room_for_both_steps():

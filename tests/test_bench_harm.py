@@ -29,6 +29,9 @@ def rows(scores, status="ok"):
             "status": status,
             "score": score,
             "diverged": math.isnan(score),
+            "loss": -score,
+            "area": -score,
+            "last_loss": -score,
             "loss_alarm": "not finite" if math.isnan(score) else "",
         }
         for seed, score in enumerate(scores)
@@ -46,6 +49,23 @@ def harms(*groups, role="fault", runs=None):
                    tuple(PAIRS))
         )  # fmt: skip
     return judge(entries, table, FLOOR)
+
+
+def test_better_than_clean_is_not_worse_and_the_same_numbers_are_no_effect():
+    better = [-0.1, -0.2] * 6
+    verdicts = [harm.harm for harm in harms(better, [0.0] * 12)]
+    assert verdicts == ["not worse", "no effect"]
+
+
+def test_a_twin_takes_no_part_in_holm():
+    table = {"clean": rows(CLEAN)} | {f"h{i}": rows([0.5] * 12) for i in range(3)}
+    entries = [
+        Judged(f"h{i}", "clean", "made-up", "a", role, "X", "high", "model", "", tuple(PAIRS))
+        for i, role in enumerate(("fault", "twin", "clean"))
+    ]
+    fault, *rest = judge(entries, table, FLOOR)
+    assert fault.p_holm == fault.p == 2.0**-12
+    assert [harm.harm for harm in rest] == ["clean", "clean"]
 
 
 def test_harm_has_three_verdicts():

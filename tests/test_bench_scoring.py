@@ -61,7 +61,10 @@ def value(found, name):
         (replace(MASKED, harm="equivalent"), False, "HC5b"),
         (replace(HOT, role="compound"), True, ""),
         (replace(CLEAN, role="HC3", operators=("G1",), harm="equivalent"), False, "HC3"),
-        (replace(CLEAN, role="HC3", operators=("G1",), harm="ambiguous"), False, "HC3"),
+        (replace(CLEAN, role="HC3", operators=("G1",), harm="ambiguous"), False, "HCx"),
+        (replace(CLEAN, role="HC4", operators=("V1",), harm="no effect"), False, "HC4"),
+        (replace(HOT, harm="not worse"), False, "HC5a"),
+        (replace(MASKED, harm="no effect"), False, ""),
         (replace(CLEAN, role="HC2", operators=("R2",), harm="proven"), False, ""),
     ],
 )

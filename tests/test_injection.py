@@ -346,6 +346,57 @@ def test_a_leak_is_undone_before_the_model_is_scored(id):
     assert training.model.visible.keywords == right
 
 
+@pytest.mark.parametrize("id", ["M2", "M4", "M5", "S6a", "S6b", "Q6"])
+@pytest.mark.parametrize("name", ["gpt", "llama", "seq2seq"])
+def test_no_later_token_moves_what_is_scored(id, name):
+    subject = SUBJECTS[name]
+    settings = subject.recipes["a"]
+    for place in places(INJECTIONS[id], subject, settings):
+        training, _ = assemble(
+            subject, settings, SEED, [Injection(INJECTIONS[id], "high", place.name)]
+        )
+        for correct in training.corrections:
+            correct()
+        batch = {key: tensor[:3] for key, tensor in training.data.held_out.items()}
+        read = "so_far" if name == "seq2seq" else "tokens"
+        changed = {**batch, read: batch[read].clone()}
+        changed[read][:, -1] = changed[read][:, -1] % 5 + 1
+        training.model.eval()
+        with torch.no_grad():
+            ours, theirs = (subject.predict(training.model, b) for b in (batch, changed))
+        assert torch.equal(ours[:, :-1], theirs[:, :-1]), place.name
+
+
+def test_a_decoder_beside_an_encoder_has_no_leak_that_could_not_be_undone():
+    settings = SUBJECTS["seq2seq"].recipes["a"]
+    for id in ("S6a", "Q6"):
+        paths = {
+            p for x in places(INJECTIONS[id], SUBJECTS["seq2seq"], settings) for p in x.modules
+        }
+        assert paths and all(path.startswith("encoder_layers.") for path in paths)
+
+
+def test_mistakes_that_could_not_show_are_not_made():
+    for id in ("M1", "M3"):  # padding comes later than all that is asked, and is hidden anyway
+        assert not places(INJECTIONS[id], DECODER, SETTINGS)
+    held = CLASSIFIER.data()
+    alike = {**held.train, "targets": torch.zeros_like(held.train["targets"])}
+    same = replace(CLASSIFIER, data=lambda: replace(held, train=alike))
+    assert places(INJECTIONS["D2"], CLASSIFIER, SETTINGS)
+    assert not places(INJECTIONS["D2"], same, SETTINGS)
+
+
+def test_looking_for_causal_attention_leaves_the_model_as_it_was():
+    from diagnoser.injection.training import Training
+
+    blueprint = Training(SUBJECTS["seq2seq"], SUBJECTS["seq2seq"].recipes["a"], seed=0)
+    for moment in ("data", "model"):
+        blueprint.reach(moment)
+    before = snapshot(blueprint)
+    assert INJECTIONS["S6a"].places(blueprint)
+    assert snapshot(blueprint) == before
+
+
 def test_only_leaks_are_undone():
     for id in ("M2", "M4"):  # an encoder has nothing to leak
         training, _ = inject(id, subject=CLASSIFIER)

@@ -228,8 +228,8 @@ def _frequencies(_: Training, place: Place) -> tuple[str, ...]:
     return tuple(f"buffer.{path}.inverse_frequencies" for path in place.modules)
 
 
-def _sees_nothing_later(training: Training) -> frozenset[str]:
-    """Paths of the attention modules that are given a mask which hides every later position."""
+def _decoding_blocks(training: Training) -> frozenset[str]:
+    """Paths of the blocks with an attention whose mask hides all later positions."""
     masks_of: dict[str, Tensor] = {}
 
     def spy(path: str, right: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -252,7 +252,7 @@ def _sees_nothing_later(training: Training) -> frozenset[str]:
         for path, module in held.items():
             module.weigh = right[path]
     return frozenset(
-        path
+        path.rpartition(".")[0]
         for path, mask in masks_of.items()
         if mask.shape[-2] == mask.shape[-1] > 1 and not bool(mask.triu(1).any())
     )
@@ -261,16 +261,21 @@ def _sees_nothing_later(training: Training) -> frozenset[str]:
 def _undoable(find: Places) -> Places:
     """Places where a leak of later positions can be undone for scoring, or is none.
 
-    That is everywhere in a model without causal masks and in one with nothing else. In a decoder
-    beside an encoder the two cannot be told apart when it is undone, so that it is left out.
+    That is everywhere in a model without causal masks and in one with nothing else. Where there is
+    a decoder beside an encoder it is in the encoder: what mixes the positions of the decoder, in
+    its attention to itself or to the encoder, is not undone.
     """
 
     def found(training: Training) -> tuple[Place, ...]:
         candidates = find(training)
-        if not candidates or only_causal(training):
+        if not candidates or only_causal(training) or not masks(causal=True)(training):
             return candidates
-        causal = _sees_nothing_later(training)
-        return tuple(place for place in candidates if not causal & set(place.modules))
+        decoding = _decoding_blocks(training)
+        return tuple(
+            place
+            for place in candidates
+            if decoding.isdisjoint(path.rpartition(".")[0] for path in place.modules)
+        )
 
     return found
 
