@@ -44,7 +44,7 @@ class Size:
     pairs: int = 12
     clean_seeds: int = 20
     watched: int = 3  # of the pairs
-    watched_clean: int = 20
+    watched_clean: int = 12
     budgeted: int = 1  # of the watched runs, also at the default budget
     budgeted_clean: int = 10
 

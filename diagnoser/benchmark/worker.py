@@ -32,7 +32,7 @@ from diagnoser.injection import Outcome, Training, assemble, train
 
 POLL_S = 0.02
 FIRST, MEASUREMENTS = 10, 16  # step of the first measurement of a watched run, and how many
-WITH_SPECTRUM = (0, 3, 7, 15)  # of the sixteen
+WITH_SPECTRUM = (0, 7, 15)  # of the sixteen
 WITH_NORMS = (0, 7)
 LOG_FILE = "log.jsonl"
 
@@ -40,10 +40,9 @@ LOG_FILE = "log.jsonl"
 def measuring(steps: int) -> Mapping[int, tuple[str, ...]]:
     """Returns at which steps a watched run is measured, and what beside the usual (`watch`).
 
-    Sixteen measurements from step `FIRST` to the end, fewer in a run too short for them. A spectrum
-    takes as long as a hundred steps and the coupling of all pairs longer, so that four of the
-    sixteen have the one and two the other: at the start, and once in each part of the run that a
-    verdict is asked after.
+    Sixteen measurements from step `FIRST` to the end, fewer in a run too short for them. The
+    spectrum of all components takes longer than the whole training, so that three of the sixteen
+    have it, the first, the middle and the last; the first two also have the coupling of all pairs.
     """
     last = max(steps - 2, FIRST)
     wanted = [FIRST + round(k * (last - FIRST) / (MEASUREMENTS - 1)) for k in range(MEASUREMENTS)]
