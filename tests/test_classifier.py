@@ -15,11 +15,16 @@ import pytest
 
 from diagnoser.classifier import Classifier, Example, Vectors, fit, load, save, to_blame
 from diagnoser.classifier.reference import learn_reference
+from diagnoser.classifier.saying import say
 from diagnoser.errors import ClassifierError
 
 RUN_COLUMNS = ("loss_fall.latest", "sharpness.highest", "never_measured.latest")
 COMPONENT_COLUMNS = ("update_ratio.latest", "weight_growth.highest")
 NAMES = ("layers.0.query", "layers.0.key", "layers.1.query", "layers.1.key", "head")
+FAULT_OF = {
+    "learning_rate_too_high": "sharpness_instability",
+    "component_not_optimized": "dead_component",
+}
 KINDS = ("query", "key", "query", "key", "head")
 
 
@@ -42,12 +47,15 @@ def examples(seed: int = 0, each: int = 60) -> list[Example]:
     rng = np.random.default_rng(seed)
     made = []
     for i in range(each):
-        made.append(Example(made_run(rng, "", None), False, (), (), f"healthy-{i % 7}"))
-        made.append(Example(made_run(rng, "", None), False, (), (), f"healthy-{i % 7}"))
+        made.append(Example(made_run(rng, "", None), False, (), (), (), f"healthy-{i % 7}"))
+        made.append(Example(made_run(rng, "", None), False, (), (), (), f"healthy-{i % 7}"))
         for cause in ("learning_rate_too_high", "component_not_optimized"):
             blamed = int(rng.integers(5))
             run = made_run(rng, cause, blamed)
-            made.append(Example(run, True, (cause,), (NAMES[blamed],), f"{cause}-{i % 6}"))
+            fault = FAULT_OF[cause]
+            made.append(
+                Example(run, True, (cause,), (fault,), (NAMES[blamed],), f"{cause}-{i % 6}")
+            )
     return made
 
 
@@ -115,6 +123,45 @@ def test_what_is_usual_depends_on_the_kind_and_is_pooled_for_others(learned):
     assert np.abs(reference.excess(swapped)[:4, 0]).min() > 4
     unknown = replace(run, kinds=("convolution",) * 5)
     assert np.isfinite(reference.excess(unknown)).all()
+
+
+# -- what it adds to a diagnosis -------------------------------------------------------------------
+
+
+def test_a_run_like_faulty_ones_is_a_finding_in_the_words_of_the_vocabulary(learned):
+    run = made_run(np.random.default_rng(5), "learning_rate_too_high", 2)
+    said = say(learned, run, (10, 20, 30))
+    finding = said.finding
+    assert finding is not None and said.checked is None and said.unknown is None
+    assert (finding.fault, finding.source) == ("sharpness_instability", "classifier")
+    assert finding.causes[0].cause == "learning_rate_too_high"
+    assert (finding.component, finding.since_step) == (NAMES[2], 30)
+    assert finding.probability == said.prediction.faulty >= learned.threshold
+    assert finding.evidence[0].feature == "sharpness.highest"
+    assert "sharpness" in finding.message and "learning rate too high" in finding.message
+
+
+def test_a_place_is_named_only_where_it_is_more_likely_than_not(learned):
+    run = made_run(np.random.default_rng(6), "learning_rate_too_high", None)
+    finding = say(learned, run, (10,)).finding
+    assert finding is not None and finding.component == "model"
+
+
+def test_a_run_like_healthy_ones_was_checked(learned):
+    said = say(learned, made_run(np.random.default_rng(7), "", None), (10, 20))
+    assert said.finding is None and said.unknown is None
+    assert (said.checked.rule, said.checked.components, said.checked.measurements) == (
+        "classifier", 5, 2,
+    )  # fmt: skip
+
+
+def test_a_run_like_none_is_unknown_with_the_reason(learned):
+    far = {name: np.full(5, 1e9) for name in COMPONENT_COLUMNS}
+    run = {"loss_fall.latest": -1e6, "sharpness.highest": 1e6}
+    said = say(learned, Vectors(run, far, NAMES, KINDS), (10,))
+    assert said.finding is None and "lie beyond all of theirs" in said.unknown.reason
+    nothing = say(learned, Vectors({}, {}, (), ()), ())
+    assert nothing.finding is None and "too little" in nothing.unknown.reason
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,9 @@ def example(run: Seen) -> Example:
     """Returns what the classifier learns from a run. Twins and severities stay together."""
     truth = run.truth
     group = f"{truth.subject} {'+'.join(truth.operators) or 'clean'}"
-    return Example(run.look.vectors, truth.is_faulty, truth.causes, truth.components, group)
+    return Example(
+        run.look.vectors, truth.is_faulty, truth.causes, truth.faults, truth.components, group
+    )
 
 
 def by_rules(run: Seen, precision: Mapping[str, Precision]) -> Verdict:

@@ -1,12 +1,13 @@
 """A learned judge of runs, next to the rules: verdict, causes and location, from the same features.
 
 `vectors` sums a run up, `reference` knows what is usual for each kind of component, `fitting`
-learns, `predict` judges, `store` keeps it in a file. scikit-learn is imported only where an
-estimator is made or read; no torch here.
+learns, `predict` judges, `saying` puts it as a finding, `store` keeps it in a file. scikit-learn is
+imported only where an estimator is made or read; no torch here.
 """
 
 from diagnoser.classifier.fitting import Example, fit, to_blame
 from diagnoser.classifier.predict import Classifier, Prediction, Reason
+from diagnoser.classifier.saying import Said, say
 from diagnoser.classifier.store import load, save
 from diagnoser.classifier.vectors import Vectors, vectors
 
@@ -15,10 +16,12 @@ __all__ = [
     "Example",
     "Prediction",
     "Reason",
+    "Said",
     "Vectors",
     "fit",
     "load",
     "save",
+    "say",
     "to_blame",
     "vectors",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -33,6 +34,7 @@ class Example:
     vectors: Vectors
     faulty: bool
     causes: tuple[str, ...]
+    faults: tuple[str, ...]
     components: tuple[str, ...]
     group: str
     weight: float = 1.0
@@ -82,6 +84,7 @@ def fit(
         verdict=verdict,
         causes=_fit_causes(examples, rows, groups, weight),
         location=_fit_location(examples, excess, groups),
+        fault_of=_faults(examples),
         threshold=_threshold(rows, faulty, groups, weight),
         **_familiarity(rows, groups),
         about=dict(about),
@@ -120,7 +123,7 @@ def _calibrated(
     for learn, test in _folds(groups, truth):
         estimator, columns = _fitted(rows[learn], truth[learn], weight[learn])
         score[test] = estimator.decision_function(rows[test][:, columns])
-    sigmoid = LogisticRegression(C=1e3).fit(score[:, None], truth, sample_weight=weight)
+    sigmoid = LogisticRegression(C=1.0).fit(score[:, None], truth, sample_weight=weight)
     estimator, columns = _fitted(rows, truth, weight)
     return Judge(estimator, columns, float(sigmoid.coef_[0, 0]), float(sigmoid.intercept_[0]))
 
@@ -143,6 +146,15 @@ def _fit_causes(
         if truth.sum() >= FEWEST_OF_A_CAUSE and len(set(groups[truth].tolist())) > 1:
             fitted[cause] = _calibrated(rows[faulty], truth[faulty], groups[faulty], weight[faulty])
     return fitted
+
+
+def _faults(examples: Sequence[Example]) -> dict[str, str]:
+    """Returns the fault that is expected first, most often, of runs with each cause."""
+    counts: dict[str, Counter[str]] = {}
+    for example in examples:
+        for cause in example.causes:
+            counts.setdefault(cause, Counter()).update(example.faults[:1])
+    return {cause: of.most_common(1)[0][0] for cause, of in sorted(counts.items()) if of}
 
 
 def _fit_location(

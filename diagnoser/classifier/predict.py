@@ -76,6 +76,7 @@ class Classifier:
     verdict: Judge
     causes: Mapping[str, Judge]
     location: Judge
+    fault_of: Mapping[str, str]  # what runs with a cause show first, most often
     threshold: float
     most_unfamiliar: float
     least_known: float
@@ -87,7 +88,7 @@ class Classifier:
         row = run_row(of, self.run_columns, self.reference, excess)[None]
         known = ~np.isnan(row[0])
         outside = known & ((row[0] < self.range[0]) | (row[0] > self.range[1]))
-        unfamiliar = float(outside.sum() / known.sum()) if known.any() else 1.0
+        unfamiliar = float(outside.sum() / known.sum()) if known.any() else 0.0
         faulty = float(self.verdict.probability(row)[0])
         causes = [(name, float(judge.probability(row)[0])) for name, judge in self.causes.items()]
         scores = self.location.probability(component_rows(excess))

@@ -1,0 +1,99 @@
+"""What the classifier adds to a diagnosis: a finding, that all is well, or that it is lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from diagnoser.classifier.predict import Classifier, Prediction, Reason
+from diagnoser.classifier.vectors import Vectors
+from diagnoser.types import Cause, Checked, Evidence, Finding, Unknown
+from diagnoser.vocabulary import MODEL
+
+SOURCE: Final = "classifier"
+CAUSES_NAMED: Final = 3
+SURE_OF_PLACE: Final = 0.5  # probability from which a component is named, and not the whole model
+EXCESS: Final = "excess."
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One of three: ``finding``, ``checked`` (it is like the healthy runs), or ``unknown``."""
+
+    prediction: Prediction
+    finding: Finding | None = None
+    checked: Checked | None = None
+    unknown: Unknown | None = None
+
+
+def say(classifier: Classifier, of: Vectors, steps: tuple[int, ...]) -> Said:
+    """Judges a run and puts it as rules put theirs.
+
+    Args:
+        classifier: The judge.
+        of: The run.
+        steps: At which steps it was measured, in order.
+    """
+    said = classifier.predict(of)
+    if said.abstains:
+        reason = (
+            f"this run is unlike those it learned from: {100 * said.unfamiliar:.0f} % of its "
+            "numbers lie beyond all of theirs"
+        )
+        if said.unfamiliar <= classifier.most_unfamiliar:
+            reason = "too little of this run is known to tell"
+        return Said(said, unknown=Unknown(SOURCE, MODEL, (), reason))
+    if said.faulty < classifier.threshold or not said.causes:
+        title = "It is not like the faulty runs that the classifier learned from"
+        return Said(said, checked=Checked(SOURCE, title, len(of.names), len(steps)))
+    causes = tuple(Cause(name, probability) for name, probability in said.causes[:CAUSES_NAMED])
+    place, sure = said.components[0] if said.components else (MODEL, 0.0)
+    first = causes[0].cause
+    return Said(
+        said,
+        finding=Finding(
+            fault=classifier.fault_of[first],
+            component=place if sure >= SURE_OF_PLACE else MODEL,
+            severity="medium",
+            since_step=steps[-1] if steps else 0,
+            source=SOURCE,
+            message=(
+                f"This run is like those with {first.replace('_', ' ')} that the classifier "
+                f"learned from; what speaks for it most is {_named(said.reasons)}."
+            ),
+            causes=causes,
+            evidence=tuple(_evidence(r, classifier, steps) for r in said.reasons),
+            probability=said.faulty,
+            n=int(classifier.about.get("runs", 0)) or None,
+        ),
+    )
+
+
+def _named(reasons: tuple[Reason, ...]) -> str:
+    names = dict.fromkeys(_feature(reason.column) for reason in reasons)
+    return ", ".join(name.replace("_", " ") for name in list(names)[:3]) or "no single number"
+
+
+def _feature(column: str) -> str:
+    """Returns the feature that a column sums up.
+
+    >>> _feature("excess.update_ratio.highest"), _feature("pair.coupling_share.latest")
+    ('update_ratio', 'coupling_share')
+    """
+    return column.removeprefix(EXCESS).rpartition(".")[0].rpartition(".")[2] or column
+
+
+def _evidence(reason: Reason, classifier: Classifier, steps: tuple[int, ...]) -> Evidence:
+    """A number against the middle of healthy runs."""
+    middle = float(classifier.middle[classifier.run_columns.index(reason.column)])
+    span = (steps[0], steps[-1]) if steps else (0, 0)
+    return Evidence(
+        feature=reason.column,
+        observed=reason.value,
+        comparison="<" if reason.value < middle else ">",
+        threshold=middle if np.isfinite(middle) else 0.0,
+        steps=span,
+        method="against healthy runs",
+    )
