@@ -1,4 +1,4 @@
-"""From a recording and rules to one diagnosis: verdict, ranked causes, findings in order.
+"""From a recording, rules and a classifier to one diagnosis: verdict, causes, findings in order.
 
 Ranks are an order of evidence, not probabilities: a probability is only printed where it was
 measured. No torch here; the same recording and rules give the same diagnosis, byte for byte.
@@ -15,6 +15,7 @@ from typing import Final
 
 import numpy as np
 
+from diagnoser.classifier import Classifier, say, vectors
 from diagnoser.errors import RuleError
 from diagnoser.features import CATALOGUE, feature_tables
 from diagnoser.rules import Rule, evaluate, load_rules, shipped_rules_directory
@@ -25,6 +26,7 @@ from diagnoser.vocabulary import MODEL, severity_rank
 ENOUGH_STEPS: Final = 20
 ENOUGH_MEASUREMENTS: Final = 3
 DEFAULT_FAMILY: Final = "diagnoser"
+CLASSIFIER: Final = "classifier"  # the source of its finding
 FAMILIES: Final = (DEFAULT_FAMILY, "autotrainer")
 _WEIGHT: Final = {"low": 0.5, "medium": 2.0, "high": 4.0, "critical": 8.0}
 _OF_ATTENTION: Final = ("attention_", "initial_attention_", "empty_rows")
@@ -54,15 +56,25 @@ def default_rules(directory: Path | None = None) -> tuple[Rule, ...]:
     return load_rules(directory, CATALOGUE)
 
 
-def diagnose(recording: Recording, rules: Sequence[Rule]) -> Diagnosis:
-    """Judges a recording by rules.
+def diagnose(
+    recording: Recording, rules: Sequence[Rule], classifier: Classifier | None = None
+) -> Diagnosis:
+    """Judges a recording by rules, and by a classifier if there is one.
 
     Symptoms that a firing rule says it explains are put under its cause when they lie in the same
     component, in a part of it, or anywhere if the cause is the whole model's. Causes are ordered by
-    the severity of the findings that name them and how high they rank there, then by time.
+    the severity of the findings that name them and how high they rank there, then by time. The
+    classifier's finding is one of severity medium; it votes for its causes by their probabilities.
     """
-    judgement = evaluate(rules, feature_tables(recording))
+    tables = feature_tables(recording)
+    judgement = evaluate(rules, tables)
     found = _whole_layers(judgement.findings, recording)
+    unknown, checked = judgement.unknown, judgement.checked
+    if classifier is not None:
+        said = say(classifier, vectors(tables), tuple(tables["run"].steps.tolist()))
+        found += [said.finding] if said.finding is not None else []
+        unknown += (said.unknown,) if said.unknown is not None else ()
+        checked += (said.checked,) if said.checked is not None else ()
     explained = _explain(found, {rule.id: rule for rule in rules})
     causes = _ranked(explained)
     position = {(cause.cause, cause.component): i for i, cause in enumerate(causes)}
@@ -90,8 +102,8 @@ def diagnose(recording: Recording, rules: Sequence[Rule]) -> Diagnosis:
         exit_code=ending.exit_code if ending else None,
         causes=causes,
         findings=findings,
-        unknown=tuple(_worth_saying(judgement.unknown, recording)),
-        checked=judgement.checked,
+        unknown=tuple(_worth_saying(unknown, recording)),
+        checked=checked,
         cost=_cost(recording),
     )
 
@@ -150,8 +162,10 @@ def _renamed(message: str, component: str, layer: str) -> str:
     )
 
 
-def _rule_id(finding: Finding) -> str:
-    return finding.source.partition(":")[2]
+def _explains(finding: Finding, rules: Mapping[str, Rule]) -> tuple[str, ...]:
+    """The faults that a finding accounts for; the classifier's accounts for no other."""
+    rule = rules.get(finding.source.partition(":")[2])
+    return rule.explains if rule is not None else ()
 
 
 def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Explained]:
@@ -163,7 +177,7 @@ def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Ex
     does, then the earliest.
     """
     by_gravity = sorted(
-        (f for f in findings if rules[_rule_id(f)].explains),
+        (f for f in findings if _explains(f, rules)),
         key=lambda f: (-severity_rank(f.severity), f.since_step, f.source, f.component),
     )
     symptoms: dict[int, Finding] = {}
@@ -171,7 +185,7 @@ def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Ex
     for cause in by_gravity:
         if id(cause) in symptoms:
             continue
-        faults = rules[_rule_id(cause)].explains
+        faults = _explains(cause, rules)
         own = [
             symptom
             for symptom in findings
@@ -225,7 +239,12 @@ def _ranked(explained: Sequence[_Explained]) -> tuple[RankedCause, ...]:
     for item in explained:
         finding, weight = item.finding, _WEIGHT[item.finding.severity]
         votes = [(item.cause, weight if not item.is_symptom else 0.5)]
-        if not item.is_symptom:
+        if finding.source == CLASSIFIER and not item.is_symptom:
+            votes = [
+                ((cause.cause, finding.component), weight * (cause.probability or 0.0))
+                for cause in finding.causes
+            ]
+        elif not item.is_symptom:
             votes += [
                 ((cause.cause, finding.component), weight / rank)
                 for rank, cause in enumerate(finding.causes[1:], start=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 from made_recordings import Components, Series, made_recording
 
+from diagnoser.classifier import Classifier
+from diagnoser.classifier.predict import Judge
+from diagnoser.classifier.reference import Reference
 from diagnoser.diagnosis import default_rules, diagnose
 from diagnoser.features import CATALOGUE
 from diagnoser.report import diagnosis_to_json
@@ -437,3 +442,92 @@ def test_only_those_that_a_rule_is_about_are_said_to_be_unknown(tmp_path: Path) 
     assert unknown(tmp_path, measured, "zero_share") == [("ab", ("zero_share",))]  # a is a layer
     measured = {"attention_entropy": {"a": since(8)}}
     assert unknown(tmp_path, measured, "attention_entropy") == []  # others are no attention
+
+
+# -- a learned judge beside the rules --------------------------------------------------------------
+
+
+class Scored:
+    """An estimator that says the same of every row."""
+
+    def __init__(self, score: float) -> None:
+        self.score = score
+
+    def decision_function(self, rows: np.ndarray) -> np.ndarray:
+        return np.full(len(rows), self.score)
+
+
+def learned(faulty: float, causes: Mapping[str, float], located: float = 0.1) -> Classifier:
+    """A classifier that gives these probabilities whatever it sees."""
+
+    def judge(probability: float) -> Judge:
+        return Judge(Scored(math.log(probability / (1 - probability))), np.arange(1), 1.0, 0.0)
+
+    columns = ("loss_fall.latest",)
+    known = {"": np.zeros(1)}
+    return Classifier(
+        run_columns=columns,
+        reference=Reference(("gradient_to_start.latest",), known, {"": np.ones(1)}),
+        middle=np.zeros(1),
+        range=np.array([[-1.0], [1.0]]),
+        verdict=judge(faulty),
+        causes={name: judge(probability) for name, probability in causes.items()},
+        location=judge(located),
+        fault_of=dict.fromkeys(causes, "program_defect"),
+        threshold=0.5,
+        most_unfamiliar=0.5,
+        least_known=0.0,
+        about={"runs": 7},
+    )
+
+
+def with_classifier(classifier: Classifier, rules: Sequence[Rule] = ()) -> Diagnosis:
+    return diagnose(made_recording(COMPONENTS, FINE, FALLING), rules, classifier)
+
+
+def test_a_classifier_alone_makes_a_run_faulty_with_its_probability() -> None:
+    diagnosis = with_classifier(learned(0.9, {"attention_mask": 0.7, "residual": 0.2}))
+    (finding,) = diagnosis.findings
+    assert diagnosis.verdict == "faulty"
+    assert finding.source == "classifier" and finding.n == 7
+    assert finding.probability == pytest.approx(0.9)
+    assert ranked(diagnosis) == [("attention_mask", "model"), ("residual", "model")]
+
+
+def test_a_classifier_that_is_not_sure_leaves_a_run_healthy_and_is_listed_as_checked() -> None:
+    diagnosis = with_classifier(learned(0.4, {"attention_mask": 0.7}))
+    assert (diagnosis.verdict, diagnosis.findings) == ("healthy", ())
+    assert [checked.rule for checked in diagnosis.checked] == ["classifier"]
+
+
+def test_a_classifier_that_never_saw_such_a_run_says_so_and_nothing_else() -> None:
+    lost = dataclasses.replace(learned(0.9, {"residual": 0.9}), range=np.array([[5.0], [6.0]]))
+    diagnosis = with_classifier(lost)
+    assert (diagnosis.verdict, diagnosis.findings) == ("healthy", ())
+    assert [unknown.rule for unknown in diagnosis.unknown] == ["classifier"]
+
+
+def test_a_grave_rule_goes_before_what_was_learned(tmp_path: Path) -> None:
+    rules = family(tmp_path, rule("plain", "zero_share", severity="high", causes=["data_order"]))
+    series = {**FINE, "zero_share": {"embed": [1.0] * 8}}
+    recording = made_recording(COMPONENTS, series, FALLING)
+    diagnosis = diagnose(recording, rules, learned(0.9, {"residual": 0.9}))
+    assert [finding.source for finding in diagnosis.findings] == ["rule:plain", "classifier"]
+    assert ranked(diagnosis)[0][0] == "data_order"
+    alone = diagnose(recording, rules)
+    assert alone.findings == diagnosis.findings[:1]
+
+
+def test_what_rules_and_classifier_agree_on_comes_first(tmp_path: Path) -> None:
+    one = rule("one", "zero_share", severity="medium", causes=["data_order"])
+    other = rule("other", "zero_share", severity="medium", causes=["residual"])
+    series = {**FINE, "zero_share": {"0.0": [1.0] * 8}}
+    recording = made_recording(COMPONENTS, series, FALLING)
+    judge = learned(0.9, {"residual": 0.9}, located=0.9)
+    agreed = diagnose(recording, family(tmp_path, one, other), judge)
+    assert ranked(agreed)[0] == ("residual", "0.0")
+
+
+def test_the_same_classifier_gives_the_same_bytes() -> None:
+    texts = {diagnosis_to_json(with_classifier(learned(0.9, {"residual": 0.6}))) for _ in range(3)}
+    assert len(texts) == 1
