@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from diagnoser import __version__
 from diagnoser.errors import DiagnoserError, UsageError
@@ -178,11 +178,34 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action = bench_actions.add_parser(name, help=says)
         _add_bench_options(action)
         action.set_defaults(command=_bench, action=name)
+    score = bench_actions.add_parser(
+        "score", help="learn on the training subjects and score all judges on others"
+    )
+    _add_bench_options(score)
+    score.add_argument(
+        "--split",
+        choices=("dev", "test"),
+        default="dev",
+        help="subjects to score on (default: dev); opening test is logged and done once a version",
+    )
+    score.add_argument(
+        "--again",
+        default="",
+        metavar="REASON",
+        help="open the test subjects again with the same version; the reason is logged",
+    )
+    score.set_defaults(command=_bench_score)
+    report = bench_actions.add_parser("report", help="print the scores that are there")
+    _add_bench_options(report)
+    report.set_defaults(command=_bench, action="report")
 
 
 def _add_bench_options(action: argparse.ArgumentParser) -> None:
     action.add_argument(
-        "--size", choices=("smoke", "small"), default="small", help="how much (default: small)"
+        "--size",
+        choices=("smoke", "small", "full"),
+        default="small",
+        help="how much (default: small)",
     )
     action.add_argument(
         "--out",
@@ -362,6 +385,18 @@ def _case_run(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
+    commands, request = _bench_request(arguments)
+    getattr(commands, arguments.action)(request)
+    return 0
+
+
+def _bench_score(arguments: argparse.Namespace) -> int:
+    commands, request = _bench_request(arguments)
+    commands.score(request, split=arguments.split, again=arguments.again)
+    return 0
+
+
+def _bench_request(arguments: argparse.Namespace) -> tuple[Any, Any]:
     try:
         from diagnoser.benchmark import commands
     except ModuleNotFoundError as error:
@@ -378,8 +413,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         operators=tuple(arguments.operator),
         catalogue=arguments.catalogue,
     )
-    getattr(commands, arguments.action)(request)
-    return 0
+    return commands, request
 
 
 if __name__ == "__main__":

@@ -89,6 +89,7 @@ def of_run(row):
     return {name: row[name] for name in ("score", "loss", "area", "first_loss", "last_loss")}
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_bit_for_bit_in_any_process_and_under_the_monitor(tmp_path):
     here = [of_run(run(SMALL, MISTAKE, seed, "truth", tmp_path)) for seed in (0, 1, 2)]
     for mode in ("truth", "watched", "budget"):

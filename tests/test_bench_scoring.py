@@ -42,6 +42,11 @@ FROZEN = replace(
 MASKED = replace(HOT, hash="3", operators=("M1",), causes=("attention_mask",), defect=True)
 
 
+def of(name, verdicts):
+    statistic = STATISTICS[name]
+    return statistic.of(statistic.numbers([v for v in verdicts if statistic.counts(v)]))
+
+
 def value(found, name):
     (figure,) = [figure for figure in found if figure.name == name]
     return figure
@@ -85,7 +90,7 @@ def test_a_mistake_does_not_show_before_it_is_made():
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=2, max_size=40))
 def test_the_area_under_the_curve_is_that_of_scikit_learn(runs):
     verdicts = [Verdict(HOT if f else CLEAN, i, True, float(s)) for i, (f, s) in enumerate(runs)]
-    ours = STATISTICS["auroc"](verdicts)
+    ours = of("auroc", verdicts)
     if len({f for f, _ in runs}) < 2:
         assert math.isnan(ours)
     else:
@@ -95,7 +100,7 @@ def test_the_area_under_the_curve_is_that_of_scikit_learn(runs):
 
 def test_a_score_that_is_not_a_number_has_no_area():
     verdicts = [Verdict(HOT, 0, True, math.nan), Verdict(CLEAN, 1, False, 0.0)]
-    assert math.isnan(STATISTICS["auroc"](verdicts))
+    assert math.isnan(of("auroc", verdicts))
 
 
 CAUSES = ("learning_rate_too_high", "attention_mask", "initialization", "loss_function")
@@ -112,14 +117,14 @@ def test_macro_f1_is_that_of_scikit_learn_over_the_categories_that_are_true(pair
     true, said = ([CAUSE_CATEGORY[c] for c in side] for side in zip(*pairs, strict=True))
     labels = sorted(set(true))
     expected = f1_score(true, said, labels=labels, average="macro", zero_division=0)
-    assert STATISTICS["macro_f1"](verdicts) == pytest.approx(expected, abs=1e-12)
+    assert of("macro_f1", verdicts) == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_compound_is_right_with_either_cause_and_a_judge_without_causes_is_wrong():
     both = replace(HOT, causes=("label_noise", "optimizer_misconfigured"))
     right = [Verdict(both, i, True, 1.0, (c,)) for i, c in enumerate(both.causes)]
-    assert STATISTICS["macro_f1"](right) == 1.0
-    assert STATISTICS["macro_f1"]([Verdict(both, 0, True, 1.0)]) == 0.0
+    assert of("macro_f1", right) == 1.0
+    assert of("macro_f1", [Verdict(both, 0, True, 1.0)]) == 0.0
 
 
 def test_recall_false_alarms_causes_and_places():
@@ -161,10 +166,10 @@ def test_judges_are_compared_on_the_same_runs_only():
     good = [Verdict(HOT, i, True, 1.0) for i in range(5)]
     good += [Verdict(CLEAN, i, False, 0.0) for i in range(5)]
     bad = [replace(verdict, score=0.5) for verdict in good]
-    gap = difference("auroc", good, bad, STATISTICS["auroc"])
+    gap = difference("auroc", good, bad)
     assert gap.value == 0.5 and gap.low == gap.high == 0.5
     with pytest.raises(BenchmarkError, match="same runs"):
-        difference("auroc", good, bad[::-1], STATISTICS["auroc"])
+        difference("auroc", good, bad[::-1])
 
 
 # -- rules as a judge ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""``diagnoser bench plan | run | truth``: what a command line asks for, and the tables printed."""
+"""``diagnoser bench``: what a command line asks for, and the tables that are printed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diagnoser.benchmark.configuration import Catalogue, catalogue
+from diagnoser.benchmark.dataset import digest_of_code
+from diagnoser.benchmark.evaluate import learn, read
 from diagnoser.benchmark.execute import Progressed, Resources, execute, probe, span, to_stderr
 from diagnoser.benchmark.harm import (
     OK,
@@ -26,6 +28,15 @@ from diagnoser.benchmark.harm import (
 from diagnoser.benchmark.jobs import Mode
 from diagnoser.benchmark.plan import CLEAN, FAULT, REMEDY, Item, Plan, make_plan
 from diagnoser.benchmark.results import Store, write_whole
+from diagnoser.benchmark.scores import (
+    Recall,
+    Score,
+    open_test,
+    read_scores,
+    score_all,
+    table_lines,
+    write_scores,
+)
 from diagnoser.errors import UsageError
 
 MODES: tuple[Mode, ...] = ("truth", "budget", "watched")
@@ -106,6 +117,35 @@ def run(request: Request) -> None:
         progressed = _execute(made, mode, store, resources, known)
         _print_progress(progressed, store.path(mode, "x").parent)
     _print_left_out(made)
+
+
+def score(request: Request, *, split: str, again: str) -> None:
+    """Learns on the training subjects, and scores all judges on those of a split.
+
+    Raises:
+        BenchmarkError: Something is missing, or the test subjects were opened by this version.
+    """
+    resources = request.resources()
+    known, made = _begin(request)
+    store = Store(request.out, to_stderr)
+    harms = store.read_harm()
+    seen = {m: read(store, made, harms, known, m, resources.jobs) for m in MODES[1:]}
+    learned = learn([run for runs in seen.values() for run in runs if run.truth.track == "train"])
+    if split == "test":
+        open_test(request.out, digest_of_code(), again)
+    scores: list[Score] = []
+    recalls: list[Recall] = []
+    for mode, runs in seen.items():
+        own = [run for run in runs if run.truth.track == split]
+        more, found = score_all(learned, own, split, mode)
+        scores, recalls = scores + more, recalls + found
+    write_scores(request.out, split, scores, recalls)
+    _print_table(table_lines(scores))
+
+
+def report(request: Request) -> None:
+    """Prints the scores that are there."""
+    _print_table(table_lines(read_scores(request.out)))
 
 
 def _begin(request: Request) -> tuple[Catalogue, Plan]:

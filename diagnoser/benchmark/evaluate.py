@@ -30,7 +30,7 @@ from diagnoser.benchmark.judges import (
 )
 from diagnoser.benchmark.plan import Plan
 from diagnoser.benchmark.results import Store
-from diagnoser.benchmark.scoring import HEALTHY, Figure, Verdict, figures
+from diagnoser.benchmark.scoring import HEALTHY, Verdict
 from diagnoser.classifier import Classifier, fit
 from diagnoser.errors import BenchmarkError
 
@@ -131,16 +131,4 @@ def judges(learned: Learned) -> dict[str, Callable[[Seen], Verdict]]:
         "together": lambda run: together(run, learned.classifier, precision, learned.threshold),
         "deepfd": lambda run: by_deepfd(run, learned.deepfd),
         **{name: functools.partial(by_opinion, name=name) for name in OPINIONS},
-    }
-
-
-def score(learned: Learned, seen: Sequence[Seen]) -> dict[str, dict[float, list[Figure]]]:
-    """Scores every judge at every prefix, by name and prefix."""
-    prefixes = sorted({run.look.prefix for run in seen})
-    return {
-        name: {
-            prefix: figures([judge(run) for run in seen if run.look.prefix == prefix])
-            for prefix in prefixes
-        }
-        for name, judge in judges(learned).items()
     }

@@ -27,9 +27,9 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def cluster_bootstrap(
-    values: NDArray[np.generic],
+    values: NDArray[np.float64],
     clusters: Sequence[object],
-    statistic: Callable[[NDArray[np.generic]], float],
+    statistic: Callable[[NDArray[np.float64]], float],
     *,
     draws: int = 2000,
     seed: int = 0,

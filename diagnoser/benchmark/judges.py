@@ -91,7 +91,7 @@ def by_deepfd(run: Seen, learned: DeepFD) -> Verdict:
 
 def by_classifier(run: Seen, classifier: Classifier) -> Verdict:
     """The classifier alone."""
-    said = classifier.predict(run.look.vectors)
+    said = classifier.predict(run.look.vectors, explain=False)
     return Verdict(
         run.truth,
         run.look.seed,
@@ -106,7 +106,7 @@ def together(
     run: Seen, classifier: Classifier, precision: Mapping[str, Precision], threshold: float
 ) -> Verdict:
     """Rules and classifier as independent witnesses; causes and components by summed belief."""
-    said = classifier.predict(run.look.vectors)
+    said = classifier.predict(run.look.vectors, explain=False)
     rules = by_rules(run, precision)
     belief = min(rules.score, 0.999)
     score = 1.0 - (1.0 - said.faulty) * (1.0 - belief)

@@ -135,6 +135,22 @@ class Store:
                     self.directory / f"{name}.parquet", table.replace_schema_metadata(note)
                 )
 
+    def read_harm(self) -> list[Harm]:
+        """Returns what `write_harm` wrote of harm.
+
+        Raises:
+            BenchmarkError: There is nothing, or it cannot be read.
+        """
+        path = self.directory / "harm.parquet"
+        again = "`diagnoser bench truth` makes it"
+        if not path.exists():
+            raise BenchmarkError(f"{path} is not there; {again}")
+        try:
+            rows = pq.read_table(io.BytesIO(path.read_bytes())).to_pylist()
+            return [Harm(**row) for row in rows]
+        except (pa.ArrowException, OSError, TypeError) as error:
+            raise BenchmarkError(f"{path} cannot be read ({error}); {again} anew") from error
+
     def _has_log(self, mode: Mode, row: Row) -> bool:
         path = self.log_path(mode, row["hash"], row["seed"])
         if not path.exists():

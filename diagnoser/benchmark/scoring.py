@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from diagnoser.benchmark.dataset import Truth
 from diagnoser.benchmark.intervals import cluster_bootstrap, wilson
 from diagnoser.classifier import to_blame
 from diagnoser.errors import BenchmarkError
-from diagnoser.vocabulary import CAUSE_CATEGORY, MODEL
+from diagnoser.table import Array
+from diagnoser.vocabulary import CAUSE_CATEGORY, CAUSES, MODEL
 
 HEALTHY: Final = ("HC1", "HC2", "HC3", "HC4", "HC5a")
 # Scored apart: latent defects, and controls that were not proven to be as good as clean runs.
@@ -55,6 +55,18 @@ class Figure:
     n: int
 
 
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """A figure of a set of runs: which count, their numbers (runs, any), and the figure of those.
+
+    Numbers come first, so that a bootstrap draws rows of an array and not runs one by one.
+    """
+
+    counts: Callable[[Verdict], bool]
+    numbers: Callable[[Sequence[Verdict]], Array]
+    of: Callable[[Array], float]
+
+
 def figures(verdicts: Sequence[Verdict]) -> list[Figure]:
     """Scores a judge; a figure that nothing was counted on is left out.
 
@@ -64,21 +76,15 @@ def figures(verdicts: Sequence[Verdict]) -> list[Figure]:
     ``_3`` of runs with a local fault. Causes and components are ranks, of all faulty runs, whether
     or not the judge calls them faulty.
     """
-    faulty = [v for v in verdicts if v.truth.is_faulty]
-    healthy = [v for v in verdicts if v.truth.control in HEALTHY]
-    found = [_bootstrapped("auroc", [*faulty, *healthy], _auroc)]
-    found.append(_rate("recall", [v.faulty for v in faulty]))
+    found = [_rate("recall", [v.faulty for v in verdicts if v.truth.is_faulty])]
     for control in CONTROLS:
         own = [v.faulty for v in verdicts if v.truth.control == control]
         found.append(_rate(f"false alarms {control}", own))
-    named = [v for v in faulty if v.truth.causes]
-    found.append(_bootstrapped("macro_f1", named, _macro_f1))
-    for top in (1, 3):
-        found.append(_bootstrapped(f"cause_top_{top}", named, functools.partial(_caused, top=top)))
-    local = [v for v in faulty if v.truth.components]
-    for top in (1, 3):
-        placed = functools.partial(_placed, top=top)
-        found.append(_bootstrapped(f"component_top_{top}", local, placed))
+    for name, statistic in STATISTICS.items():
+        chosen = [v for v in verdicts if statistic.counts(v)]
+        numbers = statistic.numbers(chosen)
+        if chosen and not math.isnan(statistic.of(numbers)):
+            found.append(_bootstrapped(name, chosen, numbers, statistic.of))
     return [figure for figure in found if figure is not None]
 
 
@@ -93,37 +99,32 @@ def by_operator(verdicts: Sequence[Verdict]) -> dict[str, tuple[int, int]]:
     return dict(sorted(counts.items()))
 
 
-def difference(
-    name: str,
-    ours: Sequence[Verdict],
-    theirs: Sequence[Verdict],
-    statistic: Callable[[Sequence[Verdict]], float],
-) -> Figure:
+def difference(name: str, ours: Sequence[Verdict], theirs: Sequence[Verdict]) -> Figure | None:
     """Returns how much better one judge is than another on the same runs, paired by run.
+
+    None where the figure has no value for one of them.
+
+    Args:
+        name: A name of `STATISTICS`.
+        ours: Verdicts of one judge.
+        theirs: Those of the other, of the same runs in the same order.
 
     Raises:
         BenchmarkError: The runs are not the same.
     """
-    pairs = list(zip(ours, theirs, strict=True))
-    if any((a.truth.hash, a.seed) != (b.truth.hash, b.seed) for a, b in pairs):
+    if [(v.truth.hash, v.seed) for v in ours] != [(v.truth.hash, v.seed) for v in theirs]:
         raise BenchmarkError("two judges can only be compared on the same runs, in the same order")
+    statistic = STATISTICS[name]
+    chosen = [i for i, v in enumerate(ours) if statistic.counts(v)]
+    both = [statistic.numbers([side[i] for i in chosen]) for side in (ours, theirs)]
+    if not chosen or any(math.isnan(statistic.of(numbers)) for numbers in both):
+        return None
+    width = both[0].shape[1]
 
-    def gap(indices: NDArray[np.generic]) -> float:
-        a = statistic([pairs[int(i)][0] for i in indices])
-        return a - statistic([pairs[int(i)][1] for i in indices])
+    def gap(numbers: Array) -> float:
+        return statistic.of(numbers[:, :width]) - statistic.of(numbers[:, width:])
 
-    everything = np.arange(len(pairs))
-    low, high = cluster_bootstrap(everything, [_cluster(a) for a, _ in pairs], gap)
-    return Figure(name, gap(everything), low, high, len(pairs))
-
-
-STATISTICS: Final[Mapping[str, Callable[[Sequence[Verdict]], float]]] = {
-    "auroc": lambda vs: _auroc([v for v in vs if v.truth.is_faulty or v.truth.control in HEALTHY]),
-    "macro_f1": lambda vs: _macro_f1([v for v in vs if v.truth.is_faulty and v.truth.causes]),
-    "component_top_1": lambda vs: _placed(
-        [v for v in vs if v.truth.is_faulty and v.truth.components], top=1
-    ),
-}
+    return _bootstrapped(name, [ours[i] for i in chosen], np.hstack(both), gap)
 
 
 def category_of(causes: Iterable[str]) -> str:
@@ -131,13 +132,13 @@ def category_of(causes: Iterable[str]) -> str:
     return next((CAUSE_CATEGORY[cause] for cause in causes), UNNAMED)
 
 
-def _auroc(verdicts: Sequence[Verdict]) -> float:
+def _auroc(numbers: Array) -> float:
     """Returns the probability that a faulty run scores above a healthy one, ties count half.
 
-    NaN without runs of both kinds, or with a score that is NaN.
+    ``numbers`` are score and whether it is faulty. NaN without runs of both kinds, or with a score
+    that is NaN.
     """
-    scores = np.array([v.score for v in verdicts])
-    faulty = np.array([v.truth.is_faulty for v in verdicts], dtype=bool)
+    scores, faulty = numbers[:, 0], numbers[:, 1] > 0
     positives, negatives = int(faulty.sum()), int((~faulty).sum())
     if not positives or not negatives or np.isnan(scores).any():
         return math.nan
@@ -148,57 +149,91 @@ def _auroc(verdicts: Sequence[Verdict]) -> float:
     return float(above / (positives * negatives))
 
 
-def _macro_f1(verdicts: Sequence[Verdict]) -> float:
-    """Mean over the categories that are true of some run of the F1 of the first cause's category.
+def _categories(verdicts: Sequence[Verdict]) -> Array:
+    """Returns the true category and that of the first cause, as numbers.
 
     A compound is right with the category of either of its causes; it then counts for that one.
     """
-    truth, said = [], []
+    order = {name: i for i, name in enumerate((UNNAMED, *CAUSES))}
+    rows = []
     for v in verdicts:
         possible = [CAUSE_CATEGORY[cause] for cause in v.truth.causes]
         first = category_of(v.causes)
-        truth.append(first if first in possible else possible[0])
-        said.append(first)
-    scores = []
-    for category in dict.fromkeys(truth):
-        hits = sum(t == s == category for t, s in zip(truth, said, strict=True))
-        scores.append(2.0 * hits / (truth.count(category) + said.count(category)))
-    return _mean(scores)
+        rows.append((order[first if first in possible else possible[0]], order[first]))
+    return np.array(rows, dtype=float).reshape(-1, 2)
 
 
-def _caused(verdicts: Sequence[Verdict], top: int) -> float:
-    """Share of runs with a true cause among the first."""
-    return _mean([bool(set(v.causes[:top]) & set(v.truth.causes)) for v in verdicts])
+def _macro_f1(numbers: Array) -> float:
+    """Mean F1 over the categories that are true of some run; ``numbers``: true, said."""
+    truth, said = numbers.T
+    scores = [
+        2.0 * ((truth == c) & (said == c)).sum() / ((truth == c).sum() + (said == c).sum())
+        for c in np.unique(truth)
+    ]
+    return float(np.mean(scores)) if scores else math.nan
 
 
-def _placed(verdicts: Sequence[Verdict], top: int) -> float:
-    """Share of runs with a component that is right to blame among the first.
+def _caused(verdicts: Sequence[Verdict], top: int) -> Array:
+    """Whether a true cause is among the first, of each run."""
+    return _hits(bool(set(v.causes[:top]) & set(v.truth.causes)) for v in verdicts)
+
+
+def _placed(verdicts: Sequence[Verdict], top: int) -> Array:
+    """Whether a component that is right to blame is among the first, of each run.
 
     The whole model is no place: it is passed over.
     """
-    return _mean(
-        [
-            any(
-                to_blame(name, v.truth.components)
-                for name in [name for name in v.components if name != MODEL][:top]
-            )
-            for v in verdicts
-        ]
+    return _hits(
+        any(
+            to_blame(name, v.truth.components)
+            for name in [name for name in v.components if name != MODEL][:top]
+        )
+        for v in verdicts
     )
 
 
+def _hits(hits: Iterable[bool]) -> Array:
+    return np.array(list(hits), dtype=float).reshape(-1, 1)
+
+
+def _share(numbers: Array) -> float:
+    return float(numbers.mean()) if len(numbers) else math.nan
+
+
+STATISTICS: Final[Mapping[str, Statistic]] = {
+    "auroc": Statistic(
+        lambda v: v.truth.is_faulty or v.truth.control in HEALTHY,
+        lambda vs: np.array([(v.score, v.truth.is_faulty) for v in vs], dtype=float).reshape(-1, 2),
+        _auroc,
+    ),
+    "macro_f1": Statistic(
+        lambda v: v.truth.is_faulty and bool(v.truth.causes), _categories, _macro_f1
+    ),
+    **{
+        f"cause_top_{top}": Statistic(
+            lambda v: v.truth.is_faulty and bool(v.truth.causes),
+            functools.partial(_caused, top=top),
+            _share,
+        )
+        for top in (1, 3)
+    },
+    **{
+        f"component_top_{top}": Statistic(
+            lambda v: v.truth.is_faulty and bool(v.truth.components),
+            functools.partial(_placed, top=top),
+            _share,
+        )
+        for top in (1, 3)
+    },
+}
+"""Figures with a bootstrap interval, by name."""
+
+
 def _bootstrapped(
-    name: str, verdicts: Sequence[Verdict], statistic: Callable[[Sequence[Verdict]], float]
-) -> Figure | None:
-    if not verdicts or math.isnan(statistic(verdicts)):
-        return None
-
-    def of(indices: NDArray[np.generic]) -> float:
-        return statistic([verdicts[int(i)] for i in indices])
-
-    everything = np.arange(len(verdicts))
-    low, high = cluster_bootstrap(everything, [_cluster(v) for v in verdicts], of)
-    return Figure(name, of(everything), low, high, len(verdicts))
+    name: str, verdicts: Sequence[Verdict], numbers: Array, of: Callable[[Array], float]
+) -> Figure:
+    low, high = cluster_bootstrap(numbers, [_cluster(v) for v in verdicts], of)
+    return Figure(name, of(numbers), low, high, len(verdicts))
 
 
 def _rate(name: str, hits: Sequence[bool]) -> Figure | None:
@@ -210,7 +245,3 @@ def _rate(name: str, hits: Sequence[bool]) -> Figure | None:
 
 def _cluster(verdict: Verdict) -> tuple[str, str, tuple[str, ...]]:
     return verdict.truth.subject, verdict.truth.recipe, verdict.truth.operators
-
-
-def _mean(values: Sequence[float] | Sequence[bool]) -> float:
-    return float(np.mean(values)) if len(values) else math.nan

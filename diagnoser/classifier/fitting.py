@@ -17,6 +17,7 @@ from diagnoser.errors import ClassifierError
 from diagnoser.table import Array
 
 FOLDS: Final = 5
+FEWEST_GROUPS: Final = 3
 FEWEST_OF_A_CAUSE: Final = 10  # runs
 FALSE_ALARMS: Final = 0.05  # share of healthy runs that the threshold lets through
 UNFAMILIAR: Final = 0.99  # quantile of what the classifier abstains beyond
@@ -55,14 +56,14 @@ def fit(
         about: What is stored of how it was made.
 
     Raises:
-        ClassifierError: Too few runs or groups to learn and calibrate from.
+        ClassifierError: Too few runs or groups to learn and calibrate from, or a single cause.
     """
     healthy = [example.vectors for example in examples if not example.faulty]
     groups = np.array([example.group for example in examples])
-    if len(healthy) < FOLDS or len(set(groups.tolist())) < FOLDS:
+    if len(healthy) < FOLDS or len(set(groups.tolist())) < FEWEST_GROUPS:
         raise ClassifierError(
-            f"a classifier needs {FOLDS} healthy runs and {FOLDS} groups of runs; there are "
-            f"{len(healthy)} and {len(set(groups.tolist()))}"
+            f"a classifier needs {FOLDS} healthy runs and {FEWEST_GROUPS} groups of runs; there "
+            f"are {len(healthy)} and {len(set(groups.tolist()))}"
         )
     reference = learn_reference(healthy, component_columns)
     columns = (*run_columns, *(f"excess.{name}" for name in component_columns))
@@ -75,7 +76,7 @@ def fit(
     )
     faulty = np.array([example.faulty for example in examples])
     weight = np.array([example.weight for example in examples])
-    verdict = _calibrated(rows, faulty, groups, weight)
+    verdict, held_out = _calibrated(rows, faulty, groups, weight)
     return Classifier(
         run_columns=columns,
         reference=reference,
@@ -85,7 +86,8 @@ def fit(
         causes=_fit_causes(examples, rows, groups, weight),
         location=_fit_location(examples, excess, groups),
         fault_of=_faults(examples),
-        threshold=_threshold(rows, faulty, groups, weight),
+        # The probability that a share of held-out healthy runs is beyond.
+        threshold=float(np.quantile(held_out[~faulty], 1.0 - FALSE_ALARMS)),
         **_familiarity(rows, groups),
         about=dict(about),
     )
@@ -109,14 +111,19 @@ def _estimator() -> Any:
 def _folds(groups: NDArray[Any], truth: NDArray[Any]) -> list[tuple[Any, Any]]:
     from sklearn.model_selection import StratifiedGroupKFold
 
-    splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=SEED)
+    count = min(FOLDS, len(set(groups.tolist())))
+    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=SEED)
     return list(splitter.split(truth[:, None], truth, groups))
 
 
 def _calibrated(
     rows: Array, truth: NDArray[np.bool_], groups: NDArray[Any], weight: Array
-) -> Judge:
-    """Fits an estimator on all rows, and a sigmoid on what it says of held-out groups."""
+) -> tuple[Judge, Array]:
+    """Fits an estimator on all rows, and a sigmoid on what it says of held-out groups.
+
+    Returns:
+        The judge, and the calibrated probability of each row while its group was held out.
+    """
     from sklearn.linear_model import LogisticRegression
 
     score = np.full(len(rows), np.nan)
@@ -125,7 +132,8 @@ def _calibrated(
         score[test] = estimator.decision_function(rows[test][:, columns])
     sigmoid = LogisticRegression(C=1.0).fit(score[:, None], truth, sample_weight=weight)
     estimator, columns = _fitted(rows, truth, weight)
-    return Judge(estimator, columns, float(sigmoid.coef_[0, 0]), float(sigmoid.intercept_[0]))
+    judge = Judge(estimator, columns, float(sigmoid.coef_[0, 0]), float(sigmoid.intercept_[0]))
+    return judge, np.asarray(sigmoid.predict_proba(score[:, None])[:, 1])
 
 
 def _fitted(rows: Array, truth: NDArray[np.bool_], weight: Array) -> tuple[Any, NDArray[np.int64]]:
@@ -143,8 +151,12 @@ def _fit_causes(
     fitted = {}
     for cause in found:
         truth = np.array([cause in example.causes for example in examples])
+        if truth[faulty].all():
+            raise ClassifierError(f"all faulty runs have {cause}: there is no cause to tell apart")
         if truth.sum() >= FEWEST_OF_A_CAUSE and len(set(groups[truth].tolist())) > 1:
-            fitted[cause] = _calibrated(rows[faulty], truth[faulty], groups[faulty], weight[faulty])
+            fitted[cause], _ = _calibrated(
+                rows[faulty], truth[faulty], groups[faulty], weight[faulty]
+            )
     return fitted
 
 
@@ -171,7 +183,8 @@ def _fit_location(
         group += [key] * len(right)
         weight += [example.weight / max(len(right), 1)] * len(right)
     scaled = np.array(weight) / np.mean(weight)
-    return _calibrated(np.concatenate(rows), np.array(truth), np.array(group), scaled)
+    judge, _ = _calibrated(np.concatenate(rows), np.array(truth), np.array(group), scaled)
+    return judge
 
 
 def to_blame(name: str, components: Sequence[str]) -> bool:
@@ -179,21 +192,6 @@ def to_blame(name: str, components: Sequence[str]) -> bool:
     return any(
         name == blamed or name.startswith((f"{blamed}.", f"{blamed}[")) for blamed in components
     )
-
-
-def _held_out(rows: Array, truth: NDArray[Any], groups: NDArray[Any], weight: Array) -> Array:
-    """Returns calibrated probabilities of rows whose group was not learned from."""
-    result = np.full(len(rows), np.nan)
-    for learn, test in _folds(groups, truth):
-        fitted = _calibrated(rows[learn], truth[learn], groups[learn], weight[learn])
-        result[test] = fitted.probability(rows[test])
-    return result
-
-
-def _threshold(rows: Array, faulty: NDArray[Any], groups: NDArray[Any], weight: Array) -> float:
-    """Returns the probability that a share `FALSE_ALARMS` of held-out healthy runs is beyond."""
-    probability = _held_out(rows, faulty, groups, weight)
-    return float(np.quantile(probability[~faulty], 1.0 - FALSE_ALARMS))
 
 
 def _familiarity(rows: Array, groups: NDArray[Any]) -> dict[str, float]:

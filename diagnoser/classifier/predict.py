@@ -82,8 +82,8 @@ class Classifier:
     least_known: float
     about: Mapping[str, Any]  # how it was made: versions, digests, sizes
 
-    def predict(self, of: Vectors) -> Prediction:
-        """Judges a run."""
+    def predict(self, of: Vectors, *, explain: bool = True) -> Prediction:
+        """Judges a run; what moved the verdict takes most of the time, and can be left out."""
         excess = self.reference.excess(of)
         row = run_row(of, self.run_columns, self.reference, excess)[None]
         known = ~np.isnan(row[0])
@@ -99,7 +99,7 @@ class Classifier:
             tuple(sorted(placed, key=lambda pair: (-pair[1], pair[0]))),
             unfamiliar,
             unfamiliar > self.most_unfamiliar or float(known.mean()) < self.least_known,
-            self._reasons(row[0], faulty),
+            self._reasons(row[0], faulty) if explain else (),
         )
 
     def _reasons(self, row: Array, faulty: float) -> tuple[Reason, ...]:
