@@ -305,14 +305,20 @@ def test_a_dask_cluster_of_two_workers_gives_the_same_rows(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_smoke_size_takes_less_than_four_minutes(tmp_path, capsys):
-    began = time.monotonic()
+def test_the_smoke_size_takes_less_than_four_minutes_on_two_cores(tmp_path, capsys):
     for action in ("truth", "run"):
         assert main(["bench", action, "--size", "smoke", "--out", str(tmp_path)]) == 0
-    assert time.monotonic() - began < 240
     assert "failed" not in capsys.readouterr().err
-    rows = [r for p in (tmp_path / "runs").glob("*.parquet") for r in pq.read_table(p).to_pylist()]
+    rows = [
+        row
+        for folder in ("truth", "budget", "runs")
+        for path in (tmp_path / folder).glob("*.parquet")
+        for row in pq.read_table(path).to_pylist()
+    ]
     assert rows and all(row["status"] == "ok" for row in rows)
+    # Of their processes, so that what else the machine does is left out; about 3 s a worker more.
+    starts = len({(row["hash"], row["mode"]) for row in rows})
+    assert sum(row["cpu_s"] for row in rows) + 3 * starts < 2 * 240
 
 
 def hash_with(**changes):
@@ -378,7 +384,7 @@ def test_the_plan_of_size_small_is_the_same_each_time_and_covers_every_subject_a
     assert plan == again
     roles = {item.role for item in plan.items}
     assert roles >= {"clean", "fault", "remedy", "HC2", "HC3", "HC4"}
-    clean = {item.hash for item in plan.items if item.role == "clean"}
+    clean = {item.hash for item in plan.items if item.role in {"clean", "twin"}}
     assert {item.clean for item in plan.items} == clean
     assert all(len(item.truth) == 12 for item in plan.items if item.role == "fault")
     first = {item.configuration.injections[0][2] for item in plan.items if item.role == "fault"}
