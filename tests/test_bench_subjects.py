@@ -30,20 +30,11 @@ HEALTHY = {
     "series": (0.80, 0.05),
 }
 NEEDS_ATTENTION = ("llama", "distilbert", "video", "seq2seq", "series")
-IMPORTED = {"scikit-learn": "sklearn"}
 
 
 @pytest.fixture(params=NAMES)
 def subject(request):
-    return installed(request.param)
-
-
-def installed(name):
-    subject = SUBJECTS[name]
-    for package in subject.packages:
-        if importlib.util.find_spec(IMPORTED.get(package, package)) is None:
-            pytest.skip(f"{package} is not installed")
-    return subject
+    return SUBJECTS[request.param]
 
 
 def training_of(subject, key="a", seed=0, **changes):
@@ -99,7 +90,7 @@ def test_data_do_not_depend_on_the_global_random_numbers(subject):
 
 @pytest.mark.parametrize(("name", "key"), RECIPES)
 def test_every_parameter_element_is_in_one_component_of_a_known_kind(name, key):
-    training = training_of(installed(name), key)
+    training = training_of(SUBJECTS[name], key)
     parameters = parameters_of({"model": training.model})
     count = {name: torch.zeros(p.shape, dtype=torch.int) for name, p in parameters.items()}
     for component in training.components:
@@ -162,7 +153,7 @@ def test_every_attention_weighs_by_an_attribute_that_changes_the_outputs(subject
 
 @pytest.mark.parametrize("name", ["gpt", "distilbert", "seq2seq"])
 def test_padding_is_not_seen_and_not_asked_for(name):
-    subject = installed(name)
+    subject = SUBJECTS[name]
     training = training_of(subject)
     batch = small(training.data.held_out, 32)
     asked = batch[TARGETS] != -100
@@ -198,7 +189,7 @@ def test_the_attention_over_words_and_sentences_gives_padding_no_weight():
 
 @pytest.mark.parametrize(("name", "later"), [("gpt", "tokens"), ("llama", "tokens")])
 def test_a_decoder_sees_no_later_token(name, later):
-    subject = installed(name)
+    subject = SUBJECTS[name]
     training = training_of(subject)
     batch = small(training.data.held_out)
     before = subject.predict(training.model, batch)
@@ -211,7 +202,7 @@ def test_a_decoder_sees_no_later_token(name, later):
 
 @pytest.mark.parametrize("name", ["llama", "distilbert"])
 def test_the_same_seed_gives_the_same_bits(name):
-    subject = installed(name)
+    subject = SUBJECTS[name]
     outcomes = [train(training_of(subject, seed=seed, steps=20, dropout=0.1)) for seed in (3, 3, 4)]
     assert outcomes[0] == outcomes[1]
     assert outcomes[0].losses != outcomes[2].losses
@@ -234,7 +225,7 @@ def test_a_missing_transformers_is_named_when_the_model_is_built(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "key"), RECIPES)
 def test_a_healthy_run_learns(name, key):
-    outcome = train(training_of(installed(name), key, seed=100))
+    outcome = train(training_of(SUBJECTS[name], key, seed=100))
     healthy, guessing = HEALTHY[name]
     assert outcome.score >= healthy > guessing
 
@@ -242,7 +233,7 @@ def test_a_healthy_run_learns(name, key):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_an_untrained_model_guesses(name):
-    subject = installed(name)
+    subject = SUBJECTS[name]
     outcome = train(training_of(subject, learning_rate=0.0, weight_decay=0.0, steps=1))
     healthy, guessing = HEALTHY[name]
     assert outcome.score <= guessing + 0.1 < healthy
@@ -251,7 +242,7 @@ def test_an_untrained_model_guesses(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDS_ATTENTION)
 def test_without_attention_more_than_a_fifth_of_the_score_is_lost(name):
-    subject = installed(name)
+    subject = SUBJECTS[name]
     healthy = train(training_of(subject)).score
     training = training_of(subject)
     for module in training.model.modules():

@@ -23,7 +23,7 @@ from diagnoser.errors import ClassifierError
 SCHEMA: Final = "diagnoser.classifier/1"
 ALLOWED: Final = frozenset({"sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor"})
 CHECK_ROWS: Final = 8
-REBUILD: Final = "build it again with `python -m benchmarks.classifier`"
+REBUILD: Final = "learn it again from the benchmark's runs"
 
 
 def save(classifier: Classifier, path: Path, rows: np.ndarray[Any, Any]) -> None:
