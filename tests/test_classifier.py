@@ -141,6 +141,13 @@ def test_a_run_like_faulty_ones_is_a_finding_in_the_words_of_the_vocabulary(lear
     assert "sharpness" in finding.message and "learning rate too high" in finding.message
 
 
+def test_a_number_that_no_healthy_run_has_is_compared_with_nothing(learned):
+    run = made_run(np.random.default_rng(5), "learning_rate_too_high", 2)
+    unknown = replace(learned, middle=np.full(len(learned.run_columns), np.nan))
+    finding = say(unknown, run, (10, 20)).finding
+    assert finding is not None and finding.evidence == ()
+
+
 def test_a_place_is_named_only_where_it_is_more_likely_than_not(learned):
     run = made_run(np.random.default_rng(6), "learning_rate_too_high", None)
     finding = say(learned, run, (10,)).finding

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
-
-import numpy as np
 
 from diagnoser.classifier.predict import Classifier, Prediction, Reason
 from diagnoser.classifier.vectors import Vectors
@@ -64,7 +63,7 @@ def say(classifier: Classifier, of: Vectors, steps: tuple[int, ...]) -> Said:
                 f"learned from; what speaks for it most is {_named(said.reasons)}."
             ),
             causes=causes,
-            evidence=tuple(_evidence(r, classifier, steps) for r in said.reasons),
+            evidence=_evidence(said.reasons, classifier, steps),
             probability=said.faulty,
             n=int(classifier.about.get("runs", 0)) or None,
         ),
@@ -85,15 +84,21 @@ def _feature(column: str) -> str:
     return column.removeprefix(EXCESS).rpartition(".")[0].rpartition(".")[2] or column
 
 
-def _evidence(reason: Reason, classifier: Classifier, steps: tuple[int, ...]) -> Evidence:
-    """A number against the middle of healthy runs."""
-    middle = float(classifier.middle[classifier.run_columns.index(reason.column)])
+def _evidence(
+    reasons: tuple[Reason, ...], classifier: Classifier, steps: tuple[int, ...]
+) -> tuple[Evidence, ...]:
+    """Numbers against the middle of healthy runs; one that no healthy run has is left out."""
     span = (steps[0], steps[-1]) if steps else (0, 0)
-    return Evidence(
-        feature=reason.column,
-        observed=reason.value,
-        comparison="<" if reason.value < middle else ">",
-        threshold=middle if np.isfinite(middle) else 0.0,
-        steps=span,
-        method="against healthy runs",
+    middles = dict(zip(classifier.run_columns, classifier.middle.tolist(), strict=True))
+    return tuple(
+        Evidence(
+            feature=reason.column,
+            observed=reason.value,
+            comparison="<" if reason.value < middles[reason.column] else ">",
+            threshold=middles[reason.column],
+            steps=span,
+            method="against healthy runs",
+        )
+        for reason in reasons
+        if math.isfinite(middles[reason.column])
     )
