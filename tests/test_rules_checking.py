@@ -81,6 +81,50 @@ tests:
 """
 
 
+BEYOND = """\
+scope: component
+when: ratio > healthy_high(ratio) or ratio < healthy_low(ratio)
+tests:
+  - name: above
+    series: {ratio: [5]}
+    healthy: {ratio: [1, 4]}
+    kind: query
+    fires: true
+  - name: below
+    series: {ratio: [0.5]}
+    healthy: {ratio: [1, 4]}
+    fires: true
+  - name: inside
+    series: {ratio: [2]}
+    healthy: {ratio: [1, 4]}
+    fires: false
+"""
+
+SPREADS_BEYOND = """\
+scope: pair
+kind: sequence
+within: 3
+stages:
+  - {on: a, when: ratio > healthy_high(ratio)}
+  - {on: b, when: ratio > healthy_high(ratio)}
+tests:
+  - name: spreads
+    series: {a.ratio: [0, 2, 2], b.ratio: [0, 0, 4]}
+    healthy: {a.ratio: [0, 1], b.ratio: [0, 3]}
+    kind: {a: query, b: value}
+    fires: true
+  - name: is nothing special in a
+    series: {a.ratio: [0, 2, 2], b.ratio: [0, 0, 4]}
+    healthy: {a.ratio: [0, 3], b.ratio: [0, 3]}
+    fires: false
+  - name: is nothing special in b
+    series: {a.ratio: [0, 2, 2], b.ratio: [0, 0, 2]}
+    healthy: {a.ratio: [0, 1], b.ratio: [0, 3]}
+    kind: {a: query, b: value}
+    fires: false
+"""
+
+
 def problems(directory: Path, body: str, fault: str = "vanishing_gradient") -> list[str]:
     family = directory / "family"
     family.mkdir(exist_ok=True)
@@ -96,7 +140,7 @@ def without(body: str, name: str) -> str:
     return before + following + rest
 
 
-@pytest.mark.parametrize("body", [VANISHING, CASCADE])
+@pytest.mark.parametrize("body", [VANISHING, CASCADE, BEYOND, SPREADS_BEYOND])
 def test_a_rule_whose_examples_need_every_condition_has_no_problem(tmp_path, body):
     assert problems(tmp_path, body) == []
 
@@ -109,6 +153,7 @@ def test_a_rule_whose_examples_need_every_condition_has_no_problem(tmp_path, bod
         (VANISHING, "learns all the same", "slow", "true"),
         (CASCADE, "starts elsewhere", "a.kind in (query)", "true"),
         (CASCADE, "is not coupled", "coupling > 0.5", "true"),
+        (BEYOND, "below", "ratio < healthy_low(ratio)", "false"),
     ],
 )
 def test_a_condition_that_no_example_needs_is_decoration(tmp_path, body, example, condition, value):
@@ -134,6 +179,12 @@ def test_an_example_that_comes_out_wrong_is_named_with_its_line(tmp_path):
 def test_an_unmeasured_example_does_not_fire(tmp_path):
     (problem,) = problems(tmp_path, VANISHING.replace("slow: [1]", "slow: [null]", 1))
     assert "'fades' must fire but does not" in problem
+
+
+def test_an_example_knows_only_the_ranges_that_it_gives(tmp_path):
+    text = "    healthy: {ratio: [1, 4]}\n    kind: query\n"
+    (problem,) = problems(tmp_path, BEYOND.replace(text, "    kind: query\n"))
+    assert "'above' must fire but does not" in problem
 
 
 def test_what_cannot_be_loaded_is_a_problem_a_line(tmp_path):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from diagnoser.rules.engine import FIRING, INACTIVE, PENDING, STATE_UNKNOWN, evaluate, states
 from diagnoser.rules.message import Message, parse_message
 from diagnoser.rules.parsing import compile_expression
+from diagnoser.rules.ranges import Range, Ranges
 from diagnoser.rules.rule import Rule, Stage, SuggestedRepair
 from diagnoser.table import Column, Feature, Table
 
@@ -310,6 +311,120 @@ def test_a_sequence_with_a_stage_never_measured_is_unknown():
     found = cascade([0, 2, 2], [0, 0, 2], [NAN, NAN, NAN])
     assert found.findings == found.checked == ()
     assert [(u.component, u.missing) for u in found.unknown] == [("model", ("coupling",))]
+
+
+# Healthy ranges
+
+
+def ranges(**features: dict[str, tuple[float, float]]) -> Ranges:
+    """Exact ranges, ``feature={kinds: (low, high)}``."""
+    return Ranges(
+        runs=100,
+        features={
+            feature: {
+                key.replace("_", "."): Range(100, (low, low, low), (high, high, high))
+                for key, (low, high) in by_kind.items()
+            }
+            for feature, by_kind in features.items()
+        },
+    )
+
+
+def test_a_range_is_that_of_the_subject_s_kind():
+    kinds = {"a": "query", "b": "norm", "c": "head"}
+    tables = components("a", "b", "c", "d", kinds=kinds, ratio=np.full((4, 2), 5.0))
+    known = ranges(ratio={"component_query": (1, 4), "component_norm": (1, 6)})
+    found = evaluate([make_rule("ratio > healthy_high(ratio)")], tables, known)
+    assert [f.component for f in found.findings] == ["a"]
+    assert found.findings[0].evidence[0].threshold == 4.0
+    # Two lack a range; that is said once.
+    assert [(u.component, u.missing, u.reason) for u in found.unknown] == [
+        ("model", (), "no healthy range of ratio for an unknown kind, head")
+    ]
+
+
+def test_without_any_range_a_rule_is_unknown_once_and_not_checked():
+    kinds = {"a": "query", "b": "norm"}
+    tables = components("a", "b", kinds=kinds, ratio=np.full((2, 3), 5.0))
+    found = evaluate([make_rule("ratio > healthy_high(ratio)")], tables, Ranges())
+    assert found.findings == found.checked == ()
+    assert [(u.component, u.reason) for u in found.unknown] == [
+        ("model", "no healthy range of ratio for norm, query")
+    ]
+
+
+def test_what_was_not_measured_comes_before_what_was_not_learnt():
+    kinds = {"a": "query", "b": "norm"}
+    rule = make_rule("ratio > healthy_high(ratio)")
+    never = components("a", "b", kinds=kinds, ratio=np.full((2, 3), NAN))
+    (entry,) = evaluate([rule], never, Ranges()).unknown
+    assert (entry.missing, entry.reason) == (("ratio",), "never measured: ratio")
+    partly = components("a", "b", kinds=kinds, ratio=[[5.0], [NAN]])
+    (entry,) = evaluate([rule], partly, Ranges()).unknown
+    assert entry.reason == "no healthy range of ratio for query"
+
+
+def test_many_kinds_without_a_range_are_counted():
+    kinds = {f"c{i}": f"kind{i}" for i in range(9)}
+    tables = components(*kinds, kinds=kinds, ratio=np.ones((9, 1)))
+    (entry,) = evaluate([make_rule("ratio > healthy_high(ratio)")], tables, Ranges()).unknown
+    assert entry.reason == "no healthy range of ratio for kind0, kind1 and 7 more"
+
+
+@pytest.mark.parametrize("pair", [("q", "k"), ("k", "q")])
+def test_a_pair_has_one_range_in_either_order(pair):
+    tables = components("q", "k", kinds={"q": "query", "k": "key"}, ratio=[[1.0], [1.0]])
+    tables["pair"] = make_table("pair", [pair], coupling=[[5.0]])
+    rule = make_rule("coupling > healthy_high(coupling)", scope="pair")
+    for high, count in ((4, 1), (6, 0)):
+        known = ranges(coupling={"pair_key|query": (0, high), "pair_query|query": (0, 1)})
+        assert len(evaluate([rule], tables, known).findings) == count
+
+
+def test_components_of_a_pair_and_the_run_have_their_own_ranges():
+    tables = components("q", "k", kinds={"q": "query", "k": "key"}, growth=[[3.0], [3.0]])
+    tables["pair"] = make_table("pair", [("q", "k")], coupling=[[1.0]])
+    tables["run"] = make_table("run", ["model"], loss=[[9.0]])
+    known = ranges(
+        growth={"component_query": (0, 2), "component_key": (0, 4)}, loss={"run": (1, 8)}
+    )
+    for text, fired in (
+        ("a.growth > healthy_high(a.growth)", True),
+        ("b.growth > healthy_high(b.growth)", False),
+        ("a.growth > healthy_high(b.growth)", False),
+        ("loss > healthy_high(loss)", True),
+        ("loss < healthy_low(loss)", False),
+    ):
+        found = evaluate([make_rule(text, scope="pair")], tables, known)
+        assert bool(found.findings) is fired, text
+        assert not found.unknown
+
+
+def test_in_a_sequence_each_stage_has_the_range_of_its_component_s_kind():
+    tables = components(
+        *("p", "q"), kinds={"p": "query", "q": "head"}, growth=[[0, 3, 3, 3], [0, 0, 0, 9]]
+    )
+    tables["pair"] = make_table("pair", [("q", "p")], coupling=[[1, 1, 1, 1]])
+    stage = "growth > healthy_high(growth)"
+    rule = make_rule(("a", stage), ("a,b", "coupling > 0.5"), ("b", stage), scope="pair")
+    known = ranges(growth={"component_query": (0, 2), "component_head": (0, 8)})
+    (finding,) = evaluate([rule], tables, known).findings
+    assert (finding.component, finding.other) == ("p", "q")
+    assert [e.threshold for e in finding.evidence] == [2.0, 0.5, 8.0]
+    other_way = ranges(growth={"component_query": (0, 8), "component_head": (0, 2)})
+    assert evaluate([rule], tables, other_way).findings == ()
+
+
+def test_a_value_within_the_error_of_the_end_is_not_beyond_it():
+    kinds = {"a": "query"}
+    tables = components("a", kinds=kinds, ratio=[[5.0]])
+    rule = make_rule("ratio > healthy_high(ratio)")
+    for upper, fired in ((4.5, True), (5.5, False)):
+        end = Range(100, (0.0, 0.0, 0.0), (4.0, 3.0, upper))
+        known = Ranges(runs=100, features={"ratio": {"component.query": end}})
+        found = evaluate([rule], tables, known)
+        assert bool(found.findings) is fired
+        assert bool(found.unknown) is not fired
 
 
 # Speed

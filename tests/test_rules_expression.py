@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from diagnoser.errors import RuleError
-from diagnoser.rules.expression import evaluate_expression, observations
+from diagnoser.rules.expression import HealthyEnd, evaluate_expression, observations
 from diagnoser.rules.parsing import compile_expression
 from diagnoser.table import Column, Feature
 
@@ -49,6 +49,9 @@ class Data:
 
     def kinds(self, name: str) -> list[str | None]:
         return self.kinds_by_name[name]
+
+    def healthy(self, end: HealthyEnd) -> Column:
+        return self.columns[f"healthy_{end.end}({end.name})"]
 
 
 def data(**columns: list[float] | Column) -> Data:
@@ -359,6 +362,54 @@ def test_an_observation_carries_bounds_and_computed_thresholds():
     assert (seen.value, seen.lower, seen.upper, seen.threshold) == (5.0, 4.0, 6.0, 2.0)
 
 
+# Healthy ranges
+
+
+@given(
+    st.lists(finite, min_size=3, max_size=3).map(sorted),
+    st.lists(finite, min_size=3, max_size=3).map(sorted),
+)
+def test_beyond_the_healthy_is_decided_where_the_intervals_do_not_meet(seen, end):
+    columns = Data(
+        {"x": bounds(seen[1], seen[0], seen[2]), "healthy_high(x)": bounds(end[1], end[0], end[2])},
+        {},
+    )
+    expected = 1 if seen[0] > end[2] else -1 if seen[2] <= end[0] else 0
+    assert truth("x > healthy_high(x)", columns) == [expected]
+    assert truth("healthy_high(x) < x", columns) == [expected]
+    assert truth("not x <= healthy_high(x)", columns) == [expected]
+
+
+def test_an_unknown_range_is_unknown_whatever_was_measured():
+    columns = data(**{"x": [9.0], "y": [0.0], "healthy_low(x)": [math.nan]})
+    assert truth("x < healthy_low(x)", columns) == [0]
+    assert truth("x < healthy_low(x) and y > 1", columns) == [-1]
+    assert truth("x < 2 * healthy_low(x) or y < 1", columns) == [1]
+    assert truth("known(healthy_low(x)) or x < 1", columns) == [-1]
+    assert truth("x < healthy_low(x) or not known(healthy_low(x)) and x > 5", columns) == [1]
+
+
+def test_an_expression_says_which_ranges_it_asks_for():
+    text = "x > healthy_high(x) or x < 2 * healthy_low(x) or loss > healthy_high(loss)"
+    expression = compile_expression(text, CATALOGUE, "component")
+    assert expression.names == ("x", "loss")
+    assert expression.ranges == (
+        HealthyEnd("x", "component", "high"),
+        HealthyEnd("x", "component", "low"),
+        HealthyEnd("loss", "run", "high"),
+    )
+    stage = compile_expression("x > healthy_high(x)", CATALOGUE, "pair", "b")
+    assert stage.conditions == ("b.x > healthy_high(b.x)",)
+    assert stage.ranges == (HealthyEnd("b.x", "component", "high"),)
+
+
+def test_the_threshold_of_an_observation_is_the_end_of_the_range():
+    columns = Data({"x": bounds(5.0, 4.0, 6.0), "healthy_high(x)": bounds(2.0, 1.0, 3.0)}, {})
+    expression = compile_expression("healthy_high(x) < x", CATALOGUE, "component")
+    (seen,) = observations(expression, columns, 0, 0)
+    assert (seen.feature, seen.comparison, seen.threshold) == ("x", ">", 2.0)
+
+
 # What is refused, and where
 
 
@@ -381,6 +432,18 @@ def test_an_observation_carries_bounds_and_computed_thresholds():
         ("pair", "x > 1", "1:1", "write a.x or b.x"),
         ("pair", "a.loss > 1", "1:1", "takes no prefix"),
         ("pair", "kind == 'query'", "1:1", "a.kind or b.kind"),
+        ("component", "x > healthy_hihg(x)", "1:5", "did you mean 'healthy_high'?"),
+        ("component", "x > healthy_high(xx)", "1:18", "unknown feature 'xx'"),
+        ("component", "x > healthy_high(2 * x)", "1:5", "one feature, not '2 * x'"),
+        ("component", "x > healthy_high(healthy_low(x))", "1:5", "one feature"),
+        ("component", "x > healthy_high(3)", "1:5", "one feature, not '3'"),
+        ("component", "x > healthy_high(x, y)", "1:5", "the name of one feature"),
+        ("component", "x > healthy_low()", "1:5", "the name of one feature"),
+        ("component", "x > healthy_high(coupling)", "1:18", "cannot be seen from a component rule"),
+        ("component", "healthy_high(x) > 3", "1:1", "compares no feature"),
+        ("component", "healthy_high(x)", "1:1", "is no condition"),
+        ("run", "loss > healthy_high(x)", "1:21", "cannot be seen from a run rule"),
+        ("pair", "coupling > healthy_high(x)", "1:25", "write a.x or b.x"),
     ],
 )
 def test_mistakes_are_named_with_their_place(scope, text, place, says):
@@ -439,6 +502,12 @@ HOSTILE = [
     "max(x, key=y) > 1",
     "known()",
     "known(3)",
+    "x > healthy_high(*x)",
+    "x > healthy_high(x=x)",
+    "x > healthy_high(x.__class__)",
+    "x > healthy_high(kind)",
+    "x > healthy_high('x')",
+    "x > " + "healthy_high(" * 300 + "x" + ")" * 300,
     "eval(x) > 1",
     "",
     "   ",
@@ -457,7 +526,8 @@ def test_hostile_text_is_refused_at_once_in_one_line(text):
 
 
 WORDS = (
-    "x y loss slow kind known abs min max log and or not in is if else lambda == != < <= > >= + - "
+    "x y loss slow kind known healthy_low healthy_high abs min max log and or not in is if else "
+    "lambda == != < <= > >= + - "
     "* / ** // % ( ) , . [ ] { } : ; = ' \" 1 0 1e9 1e-3 0x1 1_0 'query' ('query',) a. b. é \n \\ "
     "print exec True None await yield f''"
 )
@@ -476,4 +546,5 @@ def test_any_text_is_an_expression_or_a_one_line_error(text):
         assert "\n" not in str(error)
     else:
         columns = {name: Column.exact(np.zeros((1, 1))) for name in expression.names}
+        columns |= {f"healthy_{e.end}({e.name})": bounds(0, 0, 0) for e in expression.ranges}
         assert evaluate_expression(expression, Data(columns, {"kind": ["key"]})).shape == (1, 1)

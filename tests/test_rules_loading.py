@@ -204,6 +204,54 @@ def test_mistakes_are_named_with_their_place(tmp_path, old, new, place, says):
     assert "\n" not in str(caught.value)
 
 
+RANGED = GOOD.replace("update_ratio < 1.0e-9", "update_ratio < healthy_low(update_ratio)").replace(
+    "    kind: query", "    healthy: {update_ratio: [1.0e-3, 2]}\n    kind: query"
+)
+
+
+def test_an_example_has_its_own_healthy_ranges(tmp_path):
+    first, second = load_rule(written(tmp_path, RANGED), CATALOGUE).tests
+    assert first.healthy == {"update_ratio": (1e-3, 2.0)}
+    assert second.healthy == {}
+
+
+@pytest.mark.parametrize(
+    ("new", "place", "says"),
+    [
+        ("update_ratio: [3, 2]", "23:29", "the low end comes first"),
+        ("update_ratio: [-1, 2]", "23:29", "update_ratio lies in [0, inf]"),
+        ("update_ratio: [1]", "23:29", "at least 2 items"),
+        ("update_ratio: [1, 2, 3]", "23:29", "at most 2 items"),
+        ("update_ratio: [1, .inf]", "23:33", "finite number"),
+        ("update_ratio: [null, 2]", "23:30", "valid number"),
+        ("update_ratio: [true, 2]", "23:30", "valid number"),
+        ("zero_share: [0, 1]", "23:15", "no healthy_low or healthy_high of it"),
+        ("updat_ratio: [1, 2]", "23:15", "did you mean 'update_ratio'?"),
+        ("a.update_ratio: [1, 2]", "23:15", "no healthy_low or healthy_high of it"),
+    ],
+)
+def test_mistakes_in_healthy_ranges_are_named_with_their_place(tmp_path, new, place, says):
+    path = written(tmp_path, RANGED.replace("update_ratio: [1.0e-3, 2]", new))
+    with pytest.raises(RuleError) as caught:
+        load_rule(path, CATALOGUE)
+    assert str(caught.value).startswith(f"{path}:{place}: ")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["kind: {a: query, b: value}", "kind: query"])
+def test_components_of_one_kind_have_one_range(tmp_path, kind):
+    text = SEQUENCE.replace("update_ratio > 1}", "update_ratio > healthy_high(update_ratio)}")
+    ends = "healthy: {a.update_ratio: [0, 1], b.update_ratio: [0, 1.5]}"
+    path = written(tmp_path, text.replace("kind: {a: query, b: value}", f"{ends}\n    {kind}"))
+    if "value" in kind:
+        example = load_rule(path, CATALOGUE).tests[0]
+        assert example.healthy == {"a.update_ratio": (0.0, 1.0), "b.update_ratio": (0.0, 1.5)}
+        return
+    with pytest.raises(RuleError, match="of one kind, 'query', and so have one range"):
+        load_rule(path, CATALOGUE)
+
+
 def test_an_error_that_quotes_the_file_stays_one_line(tmp_path):
     text = GOOD.replace('"{component} moves', '"{los\\ns} moves')
     with pytest.raises(RuleError, match="unknown feature 'los s'") as caught:

@@ -19,7 +19,7 @@ from diagnoser.diagnosis import FAMILIES, default_rules, diagnose
 from diagnoser.features import CATALOGUE
 from diagnoser.report import finding_line, print_diagnosis
 from diagnoser.rules import Rule, check_directory, evaluate, shipped_rules_directory
-from diagnoser.rules.checking import example_tables
+from diagnoser.rules.checking import example_ranges, example_tables
 from diagnoser.types import Cost, Diagnosis, Finding, RankedCause
 from diagnoser.vocabulary import CAUSE_CATEGORY, FAULTS, REPAIRS, SEVERITIES, STATUSES
 
@@ -78,7 +78,7 @@ def examples(rule: Rule) -> list[Finding]:
                 )
                 kinds = {A: example.kinds["a"], B: example.kinds["b"]}
                 tables[scope] = dataclasses.replace(table, subjects=subjects, kinds=kinds)
-            found += evaluate([rule], tables).findings
+            found += evaluate([rule], tables, example_ranges(example, CATALOGUE)).findings
     return found
 
 

@@ -7,13 +7,23 @@ runs the examples inside each file. No torch here: a rule is tested in a millise
 from diagnoser.rules.checking import check_directory
 from diagnoser.rules.engine import Judgement, evaluate
 from diagnoser.rules.loading import load_rules, shipped_rules_directory
+from diagnoser.rules.precision import Precision, precision_of, save_precision
+from diagnoser.rules.ranges import Range, Ranges, load_ranges, save_ranges, shipped_ranges
 from diagnoser.rules.rule import Rule
 
 __all__ = [
     "Judgement",
+    "Precision",
+    "Range",
+    "Ranges",
     "Rule",
     "check_directory",
     "evaluate",
+    "load_ranges",
     "load_rules",
+    "precision_of",
+    "save_precision",
+    "save_ranges",
+    "shipped_ranges",
     "shipped_rules_directory",
 ]

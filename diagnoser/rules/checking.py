@@ -16,6 +16,7 @@ from diagnoser.errors import RuleError
 from diagnoser.rules.engine import fires
 from diagnoser.rules.interval import FALSE, TRUE
 from diagnoser.rules.loading import load_rules
+from diagnoser.rules.ranges import Range, Ranges, range_key
 from diagnoser.rules.rule import Example, Rule
 from diagnoser.rules.view import Subject, Tables
 from diagnoser.table import Catalogue, Column, Scope, Table
@@ -43,10 +44,13 @@ def check_directory(path: Path, catalogue: Catalogue) -> list[str]:
 
 def check_rule(rule: Rule, catalogue: Catalogue) -> list[str]:
     """Runs the examples of one rule; returns one line for each problem."""
-    tables = [example_tables(rule, example, catalogue) for example in rule.tests]
+    given = [
+        (example, example_tables(rule, example, catalogue), example_ranges(example, catalogue))
+        for example in rule.tests
+    ]
     problems = []
-    for example, table in zip(rule.tests, tables, strict=True):
-        if fires(rule, table) is not example.fires:
+    for example, tables, ranges in given:
+        if fires(rule, tables, ranges=ranges) is not example.fires:
             wanted = "must fire but does not" if example.fires else "must not fire but does"
             problems.append(f"{rule.path}:{example.line}: example '{example.name}' {wanted}")
     if problems:
@@ -56,8 +60,8 @@ def check_rule(rule: Rule, catalogue: Catalogue) -> list[str]:
             for value, word in ((TRUE, "true"), (FALSE, "false")):
                 forced = {(i, j): value}
                 if all(
-                    fires(rule, table, forced) is example.fires
-                    for example, table in zip(rule.tests, tables, strict=True)
+                    fires(rule, tables, forced, ranges) is example.fires
+                    for example, tables, ranges in given
                 ):
                     problems.append(
                         f"{rule.path}: comparison '{condition}' is decoration: no example changes "
@@ -82,6 +86,19 @@ def example_tables(rule: Rule, example: Example, catalogue: Catalogue) -> Tables
         scope: Table(scope, steps, subjects[scope], columns[scope], example.kinds)
         for scope in subjects
     }
+
+
+def example_ranges(example: Example, catalogue: Catalogue) -> Ranges:
+    """Returns an example's healthy ranges, exact, and none beside them."""
+    features: dict[str, dict[str, Range]] = {}
+    for name, (low, high) in example.healthy.items():
+        prefix, _, feature = name.rpartition(".")
+        scope = catalogue[feature].scope
+        sides = {"run": "", "component": prefix or "a", "pair": "ab"}[scope]
+        key = range_key(scope, [example.kinds[side] for side in sides])
+        assert key is not None  # an example's components have a kind, given or "other"
+        features.setdefault(feature, {})[key] = Range(1, (low, low, low), (high, high, high))
+    return Ranges(runs=1, features=features)
 
 
 def _put(both: Column | None, column: Column, row: int) -> Column:

@@ -15,8 +15,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from diagnoser.rules.expression import Expression, evaluate_expression, observations
+from diagnoser.rules.expression import (
+    Expression,
+    HealthyEnd,
+    evaluate_expression,
+    observations,
+)
 from diagnoser.rules.interval import FALSE, TRUE, UNKNOWN, Trilean
+from diagnoser.rules.ranges import Ranges
 from diagnoser.rules.rule import Rule
 from diagnoser.rules.view import Tables, View, until
 from diagnoser.table import Scope
@@ -24,6 +30,7 @@ from diagnoser.types import Cause, Checked, Evidence, Finding, Repair, Unknown
 from diagnoser.vocabulary import MODEL
 
 _MEASURED_OF: Final = {"run": "step", "component": "component", "pair": "pair of components"}
+_KINDS_NAMED: Final = 2  # in a reason; more would fill the page
 
 Forced = Mapping[tuple[int, int], int]  # (stage, condition): the truth value it is given
 
@@ -60,7 +67,7 @@ class _Outcome:
     measurements: int  # steps at which anything was decided
 
 
-def evaluate(rules: Sequence[Rule], tables: Tables) -> Judgement:
+def evaluate(rules: Sequence[Rule], tables: Tables, ranges: Ranges | None = None) -> Judgement:
     """Evaluates rules on the tables of a run.
 
     Rules that end a run come first: what was measured after the earliest of their findings is not
@@ -69,8 +76,9 @@ def evaluate(rules: Sequence[Rule], tables: Tables) -> Judgement:
     Args:
         rules: the rules, in the order of the answer.
         tables: the feature columns by scope; a scope may be missing.
+        ranges: the healthy ranges; the shipped ones if left out.
     """
-    judged = {rule.id: _judge(rule, tables) for rule in rules if rule.ends_run}
+    judged = {rule.id: _judge(rule, _view(rule, tables, ranges)) for rule in rules if rule.ends_run}
     ends = [finding.since_step for judgement in judged.values() for finding in judgement.findings]
     shown = until(tables, min(ends)) if ends else tables
     views: dict[tuple[Scope, bool], View] = {}
@@ -78,8 +86,8 @@ def evaluate(rules: Sequence[Rule], tables: Tables) -> Judgement:
         if not rule.ends_run:
             key = (rule.scope, rule.is_sequence)
             if key not in views:
-                views[key] = View(rule.scope, shown, both_ways=rule.is_sequence)
-            judged[rule.id] = _judge(rule, shown, views[key])
+                views[key] = _view(rule, shown, ranges)
+            judged[rule.id] = _judge(rule, views[key])
     return Judgement(
         tuple(x for rule in rules for x in judged[rule.id].findings),
         tuple(x for rule in rules for x in judged[rule.id].unknown),
@@ -87,14 +95,18 @@ def evaluate(rules: Sequence[Rule], tables: Tables) -> Judgement:
     )
 
 
-def fires(rule: Rule, tables: Tables, forced: Forced | None = None) -> bool:
+def fires(
+    rule: Rule, tables: Tables, forced: Forced | None = None, ranges: Ranges | None = None
+) -> bool:
     """Returns whether a rule fires on any subject, with single conditions forced if asked to."""
-    view = View(rule.scope, tables, both_ways=rule.is_sequence)
-    return bool(_outcome(rule, view, forced or {}).firings)
+    return bool(_outcome(rule, _view(rule, tables, ranges), forced or {}).firings)
 
 
-def _judge(rule: Rule, tables: Tables, view: View | None = None) -> Judgement:
-    view = view or View(rule.scope, tables, both_ways=rule.is_sequence)
+def _view(rule: Rule, tables: Tables, ranges: Ranges | None) -> View:
+    return View(rule.scope, tables, ranges, both_ways=rule.is_sequence)
+
+
+def _judge(rule: Rule, view: View) -> Judgement:
     outcome = _outcome(rule, view, {})
     findings = tuple(_finding(rule, view, firing) for firing in outcome.firings)
     components = int(outcome.decided.sum())
@@ -243,7 +255,11 @@ def _evidence(
 
 
 def _unknown(rule: Rule, view: View, decided: NDArray[np.bool_]) -> Iterator[Unknown]:
-    """Yields what could not be judged: one entry for all subjects, or one for each of some."""
+    """Yields what could not be judged.
+
+    One entry for all subjects, or one for each of some; but one for all of those that were measured
+    and whose kinds have no healthy range, because more measuring would not help them.
+    """
     if not view.subjects or not len(view.steps):
         reason = f"no {_MEASURED_OF[rule.scope]} was measured"
         yield Unknown(rule.id, MODEL, rule.names, reason)
@@ -255,11 +271,18 @@ def _unknown(rule: Rule, view: View, decided: NDArray[np.bool_]) -> Iterator[Unk
         name: np.broadcast_to(np.isnan(view.column(name).value).all(axis=1), len(view.subjects))
         for name in rule.names
     }
+    lacking = _without_range(rule, view, ~decided & ~np.logical_or.reduce([*missing.values()]))
+    unlearnt = np.logical_or.reduce([np.zeros(len(view.subjects), bool), *lacking.values()])
     if len(undecided) == len(view.subjects):
         names = tuple(name for name in rule.names if missing[name].all())
-        yield Unknown(rule.id, MODEL, names, _reason(rule, names))
+        if names or not unlearnt.any():
+            yield Unknown(rule.id, MODEL, names, _reason(rule, names))
+        else:
+            yield Unknown(rule.id, MODEL, (), _range_reason(view, lacking))
         return
-    for subject in undecided:
+    if unlearnt.any():
+        yield Unknown(rule.id, MODEL, (), _range_reason(view, lacking))
+    for subject in np.flatnonzero(~decided & ~unlearnt):
         names = tuple(name for name in rule.names if missing[name][subject])
         component = " - ".join(name for name in view.subjects[subject] if name)
         yield Unknown(rule.id, component, names, _reason(rule, names))
@@ -269,3 +292,23 @@ def _reason(rule: Rule, missing: Sequence[str]) -> str:
     if missing:
         return f"never measured: {', '.join(missing)}"
     return f"at no step known closely enough together: {', '.join(rule.names)}"
+
+
+def _without_range(
+    rule: Rule, view: View, among: NDArray[np.bool_]
+) -> dict[HealthyEnd, NDArray[np.bool_]]:
+    """Returns for each end of a range that the rule asks for which subjects have none."""
+    ends = {end: among & np.isnan(view.healthy(end).value[:, 0]) for end in rule.ranges}
+    return {end: subjects for end, subjects in ends.items() if subjects.any()}
+
+
+def _range_reason(view: View, lacking: Mapping[HealthyEnd, NDArray[np.bool_]]) -> str:
+    names = dict.fromkeys(end.name.rpartition(".")[2] for end in lacking)
+    keys = {
+        view.range_keys(end)[subject] or "an unknown kind"
+        for end, subjects in lacking.items()
+        for subject in np.flatnonzero(subjects)
+    }
+    kinds = sorted(key.rpartition(".")[2] for key in keys)
+    more = f" and {len(kinds) - _KINDS_NAMED} more" if len(kinds) > _KINDS_NAMED else ""
+    return f"no healthy range of {', '.join(names)} for {', '.join(kinds[:_KINDS_NAMED])}{more}"

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from diagnoser.rules import interval
 from diagnoser.rules.interval import FALSE, TRUE, Trilean
-from diagnoser.table import Array, Column
+from diagnoser.table import Array, Column, Scope
 
 
 class Columns(Protocol):
@@ -29,6 +29,9 @@ class Columns(Protocol):
 
     def kinds(self, name: str) -> Sequence[str | None]:
         """Returns the component kind of each subject for ``kind``, ``a.kind`` or ``b.kind``."""
+
+    def healthy(self, end: HealthyEnd) -> Column:
+        """Returns an end of a healthy range for each subject; broadcasts to `shape`."""
 
 
 # The tree. A condition carries an index, by which `evaluate_expression` can be told to force it.
@@ -46,6 +49,15 @@ class Name:
     """A feature."""
 
     name: str
+
+
+@dataclass(frozen=True, slots=True)
+class HealthyEnd:
+    """``healthy_low(x)`` or ``healthy_high(x)``; ``scope`` is the feature's own."""
+
+    name: str
+    scope: Scope
+    end: Literal["low", "high"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +111,7 @@ class Negation:
     operand: Condition
 
 
-Numeric = Number | Name | Operation
+Numeric = Number | Name | HealthyEnd | Operation
 Condition = Comparison | Known | KindTest | Connective | Negation
 
 
@@ -107,13 +119,14 @@ Condition = Comparison | Known | KindTest | Connective | Negation
 class Expression:
     """A compiled ``when``.
 
-    ``names`` are the features it reads, as written (``a.update_ratio``); ``conditions`` the texts
-    of its single conditions, by index.
+    ``names`` are the features it reads, as written (``a.update_ratio``); ``ranges`` the ends of
+    healthy ranges; ``conditions`` the texts of its single conditions, by index.
     """
 
     text: str
     root: Condition
     names: tuple[str, ...]
+    ranges: tuple[HealthyEnd, ...]
     conditions: tuple[str, ...]
 
 
@@ -129,19 +142,24 @@ class Observation:
     threshold: float
 
 
-def names_in(node: Numeric | Condition) -> Iterator[str]:
-    """Yields the feature names of a tree, from left to right."""
+def leaves_of(node: Numeric | Condition) -> Iterator[Name | HealthyEnd]:
+    """Yields what a tree reads, features and ends of their ranges, from left to right."""
     match node:
-        case Name(name=name):
-            yield name
+        case Name() | HealthyEnd():
+            yield node
         case Operation(operands=operands) | Connective(operands=operands):
             for operand in operands:
-                yield from names_in(operand)
+                yield from leaves_of(operand)
         case Comparison(left=left, right=right):
-            yield from names_in(left)
-            yield from names_in(right)
+            yield from leaves_of(left)
+            yield from leaves_of(right)
         case Known(operand=operand) | Negation(operand=operand):
-            yield from names_in(operand)
+            yield from leaves_of(operand)
+
+
+def names_in(node: Numeric | Condition) -> Iterator[str]:
+    """Yields the names of the features whose values a tree reads."""
+    return (leaf.name for leaf in leaves_of(node) if isinstance(leaf, Name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +172,12 @@ class _Cell:
     shape = (1, 1)
 
     def column(self, name: str) -> Column:
-        whole = self.columns.column(name)
+        return self._at_this_place(self.columns.column(name))
 
+    def healthy(self, end: HealthyEnd) -> Column:
+        return self._at_this_place(self.columns.healthy(end))
+
+    def _at_this_place(self, whole: Column) -> Column:
         def pick(x: Array) -> Array:
             full = np.broadcast_to(x, self.columns.shape)
             return full[self.subject : self.subject + 1, self.step : self.step + 1]
@@ -220,6 +242,8 @@ def _number(node: Numeric, columns: Columns) -> Column:
             return column
         case Name(name=name):
             return columns.column(name)
+        case HealthyEnd():
+            return columns.healthy(node)
         case Operation(function=function, operands=operands):
             return function(*(_number(operand, columns) for operand in operands))
 

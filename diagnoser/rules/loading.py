@@ -114,10 +114,16 @@ class _KindsFile(_Strict):
         return {"a": data, "b": data} if isinstance(data, str) else data
 
 
+_EndsFile = Annotated[
+    list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=2, max_length=2)
+]
+
+
 class _ExampleFile(_Strict):
     name: Text
     series: Annotated[dict[str, _SeriesFile], Field(min_length=1)]
     kind: _KindsFile = _KindsFile()
+    healthy: dict[str, _EndsFile] = {}
     fires: bool
 
 
@@ -315,6 +321,7 @@ def _build(document: Document, file: _RuleFile, catalogue: Catalogue) -> Rule:
     except (LookupError, ValueError) as error:
         problems.append(document.error(("message",), str(error.args[0])))
     used = {name for stage in stages for name in stage.when.names} | set(message.features)
+    ranged = {end.name for stage in stages for end in stage.when.ranges}
     examples = []
     for i, test in enumerate(file.tests):
         location = ("tests", i)
@@ -325,11 +332,13 @@ def _build(document: Document, file: _RuleFile, catalogue: Catalogue) -> Rule:
                 for name in test.series
                 if name not in used
             ]
+            wrong += _wrong_ranges(document, location, test, ranged, catalogue)
         problems += wrong
+        healthy = {name: (float(low), float(high)) for name, (low, high) in test.healthy.items()}
         columns = {name: series.column() for name, series in test.series.items()}
         kinds = {"a": test.kind.a, "b": test.kind.b}
         line = document.values[location][0] + 1
-        examples.append(Example(test.name, columns, kinds, test.fires, line))
+        examples.append(Example(test.name, columns, kinds, healthy, test.fires, line))
     _raise_together(problems)
     return Rule(
         id=document.path.stem,
@@ -382,3 +391,30 @@ def _wrong_series(
             if value is not None and (value < feature.low or value > feature.high):
                 text = f"{value:g}: {feature.name} lies in [{feature.low:g}, {feature.high:g}]"
                 yield document.error(place, text)
+
+
+def _wrong_ranges(
+    document: Document,
+    location: Location,
+    test: _ExampleFile,
+    ranged: Collection[str],
+    catalogue: Catalogue,
+) -> Iterator[RuleError]:
+    """Yields what is wrong with an example's healthy ranges: names, order, values out of range."""
+    for name, (low, high) in test.healthy.items():
+        place = (*location, "healthy", name)
+        if name not in ranged:
+            text = f"'{name[:60]}': the rule has no healthy_low or healthy_high of it"
+            yield document.error(place, text + suggestion(name, ranged), at_key=True)
+            continue
+        feature = catalogue[name.rpartition(".")[2]]
+        if low > high:
+            yield document.error(place, f"[{low:g}, {high:g}]: the low end comes first")
+        elif low < feature.low or high > feature.high:
+            text = f"{feature.name} lies in [{feature.low:g}, {feature.high:g}]"
+            yield document.error(place, f"[{low:g}, {high:g}]: {text}")
+        twin = f"b.{feature.name}"
+        same_kind = name == f"a.{feature.name}" and test.kind.a == test.kind.b
+        if same_kind and test.healthy.get(twin, [low, high]) != [low, high]:
+            text = f"a and b are of one kind, '{test.kind.a}', and so have one range"
+            yield document.error(place, f"'{name}' and '{twin}': {text}; give two kinds")

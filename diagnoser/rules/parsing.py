@@ -1,11 +1,21 @@
 """The language of a rule's ``when``: a small, closed part of Python's expressions.
 
-    numbers      1.0e-3, feature names, + - * /, unary -, abs min max log sqrt
+    numbers      1.0e-3, feature names, + - * /, unary -, abs min max log sqrt,
+                 healthy_low(x), healthy_high(x)
     conditions   < <= > >= == != (also chained), a flag feature by its name, known(x),
                  kind == 'query', kind in ('query', 'key'), and or not
 
 Text is parsed by Python's own ``ast``, every node not listed above is refused, and what remains
 becomes the tree of `expression`. Nothing of the text is ever executed.
+
+``healthy_low(x)`` and ``healthy_high(x)`` are the ends of the range of the feature x in healthy
+runs, for the kind of the subject: of a component its kind, of a pair the kinds of both in either
+order, and one range for all runs. What stands in the brackets is the name of a feature that the
+rule sees, and nothing else; of ``a.x`` and ``b.x`` it is the range of x for the kind of that
+component. Where no range of this kind was learnt the end is unknown, and so is what is compared
+with it; it has an interval like any measured value, so that ``x > healthy_high(x)`` is true only
+where the lower bound of x is above the upper bound of the end. ``known(healthy_high(x))`` asks
+whether there is a range. Where the numbers come from: `ranges`.
 
 Names are checked when the rule is loaded: against the feature catalogue, the scope of the rule
 (a rule sees features of its own scope and of the run; a pair rule sees those of its components as
@@ -20,7 +30,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 
@@ -31,6 +41,7 @@ from diagnoser.rules.expression import (
     Condition,
     Connective,
     Expression,
+    HealthyEnd,
     KindTest,
     Known,
     Name,
@@ -40,6 +51,7 @@ from diagnoser.rules.expression import (
     Operation,
     evaluate_condition,
     evaluate_number,
+    leaves_of,
     names_in,
 )
 from diagnoser.rules.interval import TRUE
@@ -73,6 +85,7 @@ _FUNCTIONS: Final[Mapping[str, tuple[Callable[..., Column], int, int]]] = {
     "log": (interval.logarithm, 1, 1),
     "sqrt": (interval.square_root, 1, 1),
 }
+_ENDS: Final[Mapping[str, Literal["low", "high"]]] = {"healthy_low": "low", "healthy_high": "high"}
 
 
 class Mistake(Exception):  # noqa: N818 - a finding about a text, turned into a RuleError by place
@@ -162,7 +175,9 @@ def parse_expression(text: str, catalogue: Catalogue, scope: Scope, on: str = ""
     names = tuple(dict.fromkeys(names_in(root)))
     if not names:
         raise Mistake(indent, "compares no feature; a rule needs at least one")
-    return Expression(" ".join(line.split()), root, names, tuple(parser.conditions))
+    ends = (leaf for leaf in leaves_of(root) if isinstance(leaf, HealthyEnd))
+    ranges = tuple(dict.fromkeys(ends))
+    return Expression(" ".join(line.split()), root, names, ranges, tuple(parser.conditions))
 
 
 def compile_expression(text: str, catalogue: Catalogue, scope: Scope, on: str = "") -> Expression:
@@ -210,7 +225,7 @@ class _Parser:
                 return self._compare(node, depth)
             case ast.Call(func=ast.Name(id="known"), args=[operand], keywords=[]):
                 number = self.number(operand, depth + 1)
-                if not any(names_in(number)):
+                if not any(leaves_of(number)):
                     raise Mistake(operand.col_offset, "known() needs a feature")
                 return Known(self._index(node), number)
             case ast.Name() | ast.Attribute():
@@ -238,9 +253,11 @@ class _Parser:
                 return self._operation(node, interval.negate, [operand], depth)
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
                 return self._operation(node, _ARITHMETIC[type(op)], [left, right], depth)
+            case ast.Call(func=ast.Name(id=function), args=args, keywords=[]) if function in _ENDS:
+                return self._healthy_end(node, function, args)
             case ast.Call(func=ast.Name(id=function), args=args, keywords=[]):
                 if function not in _FUNCTIONS:
-                    hint = suggestion(function, [*_FUNCTIONS, "known"])
+                    hint = suggestion(function, [*_FUNCTIONS, *_ENDS, "known"])
                     raise Mistake(node.col_offset, f"unknown function '{function}'{hint}")
                 operation, fewest, most = _FUNCTIONS[function]
                 if not fewest <= len(args) <= most:
@@ -248,6 +265,16 @@ class _Parser:
                     raise Mistake(node.col_offset, f"{function}() takes {count} argument(s)")
                 return self._operation(node, operation, args, depth)
         raise Mistake(node.col_offset, f"'{self._source(node)}' is no number of this language")
+
+    def _healthy_end(self, node: ast.expr, function: str, args: Sequence[ast.expr]) -> HealthyEnd:
+        match args:
+            case [ast.Name() | ast.Attribute() as operand]:
+                name = self._feature(operand)
+                feature = self.catalogue[name.rpartition(".")[2]]
+                return HealthyEnd(name, feature.scope, _ENDS[function])
+        given = f", not '{self._source(args[0])}'" if len(args) == 1 else ""
+        text = f"{function}() takes the name of one feature{given}: only features have ranges"
+        raise Mistake(node.col_offset, text)
 
     def _operation(
         self,
@@ -257,7 +284,7 @@ class _Parser:
         depth: int,
     ) -> Numeric:
         result = Operation(function, tuple(self.number(x, depth + 1) for x in operands))
-        if any(names_in(result)):
+        if any(leaves_of(result)):
             return result
         folded = evaluate_number(result, _Ranges(self.catalogue))
         if not np.isfinite(folded.value).all():
@@ -301,7 +328,7 @@ class _Parser:
         always = evaluate_condition(comparison, _Ranges(self.catalogue))
         if not always.any():
             return
-        names = dict.fromkeys(names_in(comparison))
+        names = dict.fromkeys(leaf.name for leaf in leaves_of(comparison))
         features = [self.catalogue[name.rpartition(".")[2]] for name in names]
         ranges = ", ".join(f"{f.name} lies in [{f.low:g}, {f.high:g}]" for f in features)
         outcome = "always" if (always == TRUE).all() else "never"
@@ -395,3 +422,6 @@ class _Ranges:
 
     def kinds(self, name: str) -> Sequence[str | None]:  # noqa: ARG002 - part of Columns
         return (None,)
+
+    def healthy(self, end: HealthyEnd) -> Column:
+        return self.column(end.name)  # a healthy value is one the feature can take

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from diagnoser.rules.expression import Expression
+from diagnoser.rules.expression import Expression, HealthyEnd
 from diagnoser.rules.message import Message
 from diagnoser.table import Column, Scope
 
@@ -36,12 +36,14 @@ class Example:
     """One subject's series, (1, steps) a column, and whether the rule must fire on it.
 
     Columns have the names the rule uses; ``kinds`` gives the kinds of ``a`` and ``b`` of a pair,
-    the only component being ``a``.
+    the only component being ``a``. ``healthy`` gives the healthy range of features, low and high,
+    for the kinds of this subject; of others nothing is known.
     """
 
     name: str
     columns: Mapping[str, Column]
     kinds: Mapping[str, str]
+    healthy: Mapping[str, tuple[float, float]]
     fires: bool
     line: int  # in the rule's file
 
@@ -85,3 +87,8 @@ class Rule:
     def names(self) -> tuple[str, ...]:
         """The features that decide whether it fires."""
         return tuple(dict.fromkeys(name for stage in self.stages for name in stage.when.names))
+
+    @property
+    def ranges(self) -> tuple[HealthyEnd, ...]:
+        """The ends of healthy ranges that it compares with."""
+        return tuple(dict.fromkeys(end for stage in self.stages for end in stage.when.ranges))

@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from diagnoser.rules.expression import HealthyEnd
 from diagnoser.rules.interval import is_exact
+from diagnoser.rules.ranges import Ranges, range_key, shipped_ranges
 from diagnoser.table import Array, Column, Scope, Table
 
 Subject = tuple[str, str | None]
@@ -27,12 +29,20 @@ class View:
         steps: (S,) the optimizer steps at which it is judged.
     """
 
-    def __init__(self, scope: Scope, tables: Tables, *, both_ways: bool = False) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        tables: Tables,
+        ranges: Ranges | None = None,
+        *,
+        both_ways: bool = False,
+    ) -> None:
         """Prepares a view.
 
         Args:
             scope: the scope of the rules.
             tables: the run's tables by scope; a scope may be missing.
+            ranges: the healthy ranges; the shipped ones if left out.
             both_ways: whether a pair (a, b) is seen as (b, a) too.
         """
         own = tables.get(scope)
@@ -40,8 +50,10 @@ class View:
         self.subjects: tuple[Subject, ...] = own.subjects if own else ()
         self.steps = own.steps if own else np.zeros(0, np.int64)
         self._tables = tables
+        self._ranges = shipped_ranges() if ranges is None else ranges
         self._rows = np.arange(len(self.subjects))
         self._cache: dict[str, Column] = {}
+        self._ends: dict[HealthyEnd, Column] = {}
         if scope == "pair" and "component" in tables:
             self.steps = np.union1d(self.steps, tables["component"].steps)
         if both_ways:
@@ -96,6 +108,22 @@ class View:
             if table := self._tables.get(scope):
                 known.update(table.kinds)
         return [known.get(subject[side] or "") for subject in self.subjects]
+
+    def range_keys(self, end: HealthyEnd) -> list[str | None]:
+        """Returns what the range of each subject is filed under; None where a kind is unknown."""
+        prefix = end.name.rpartition(".")[0]
+        sides = {"run": (), "component": (f"{prefix or 'a'}.kind",), "pair": ("a.kind", "b.kind")}
+        kinds = [self.kinds(side) for side in sides[end.scope]]
+        return [range_key(end.scope, [of[i] for of in kinds]) for i in range(len(self.subjects))]
+
+    def healthy(self, end: HealthyEnd) -> Column:
+        """Returns an end of a healthy range for each subject, (subjects, 1) arrays."""
+        if end not in self._ends:
+            feature = end.name.rpartition(".")[2]
+            rows = [self._ranges.end(feature, key, end.end) for key in self.range_keys(end)]
+            value, lower, upper = np.array(rows, np.float64).reshape(-1, 3).T[:, :, np.newaxis]
+            self._ends[end] = Column(value, lower, upper)
+        return self._ends[end]
 
 
 def _positions(wanted: NDArray[np.int64], measured: NDArray[np.int64]) -> NDArray[np.int64] | None:
