@@ -54,7 +54,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     out_help = "where log, diagnosis and report go (default: a new directory in diagnoser-runs/)"
-    rules_help = "directory of rule files, or a shipped family: diagnoser (default) or autotrainer"
     verdict_help = "exit with 1 if faulty, 3 if inconclusive, when the script itself succeeded"
     run_help = "directory of a recorded run, the one with log.jsonl in it"
 
@@ -85,12 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="measure everything every N steps (2 or more), whatever it costs",
     )
-    run.add_argument(
-        "--rules",
-        type=Path,
-        metavar="DIR",
-        help=rules_help,
-    )
+    _add_judges(run)
     run.add_argument(
         "--exit-verdict",
         action="store_true",
@@ -110,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="The exit code is 0 for a healthy run, 1 faulty, 3 inconclusive, 2 for a mistake.",
     )
     diagnose.add_argument("run", type=Path, metavar="RUN", help=run_help)
-    diagnose.add_argument("--rules", type=Path, metavar="DIR", help=rules_help)
+    _add_judges(diagnose)
     diagnose.add_argument(
         "--json", action="store_true", help="print diagnosis.json instead of text"
     )
@@ -129,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE.html",
         help="the page to write (default: report.html in the run directory)",
     )
-    report.add_argument("--rules", type=Path, metavar="DIR", help=rules_help)
+    _add_judges(report)
     report.set_defaults(command=_report)
 
     rules = commands.add_parser("rules", help="list, show or check rules")
@@ -160,6 +154,20 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_bench(commands)
     return parser  # fmt: skip
+
+
+def _add_judges(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--rules",
+        metavar="DIR",
+        help="directory of rule files, or a shipped family: diagnoser (default) or autotrainer; "
+        "off for none",
+    )
+    command.add_argument(
+        "--classifier",
+        metavar="FILE",
+        help="a classifier instead of the shipped one; off for none",
+    )
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -258,6 +266,7 @@ def _run(arguments: argparse.Namespace) -> int:
         overhead=arguments.overhead,
         every=arguments.every,
         rules=arguments.rules,
+        classifier=arguments.classifier,
     )
     return _end_of_run(outcome, exit_verdict=arguments.exit_verdict)
 
@@ -296,11 +305,11 @@ def _print_page(diagnosis: Diagnosis, file: TextIO | None) -> None:
 
 
 def _diagnose(arguments: argparse.Namespace) -> int:
-    from diagnoser.diagnosis import default_rules, diagnose
+    from diagnoser.diagnosis import diagnose, judges
     from diagnoser.runlog import read_run
 
     recording = read_run(arguments.run)
-    diagnosis = diagnose(recording, default_rules(arguments.rules))
+    diagnosis = diagnose(recording, *judges(arguments.rules, arguments.classifier))
     if arguments.json:
         from diagnoser.report import diagnosis_to_json
 
@@ -311,12 +320,12 @@ def _diagnose(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from diagnoser.diagnosis import default_rules, diagnose
+    from diagnoser.diagnosis import diagnose, judges
     from diagnoser.report import report_data, write_report
     from diagnoser.runlog import read_run
 
     recording = read_run(arguments.run)
-    diagnosis = diagnose(recording, default_rules(arguments.rules))
+    diagnosis = diagnose(recording, *judges(arguments.rules, arguments.classifier))
     path = arguments.file or arguments.run / "report.html"
     write_report(diagnosis, report_data(recording, diagnosis.cost), path)
     print(path)

@@ -43,7 +43,8 @@ def run_script(
     out: Path | None = None,
     overhead: float = 0.10,
     every: int | None = None,
-    rules: Path | None = None,
+    rules: Path | str | None = None,
+    classifier: Path | str | None = None,
 ) -> Outcome:
     """Runs a script to its end and diagnoses what was seen, however it ended.
 
@@ -54,10 +55,11 @@ def run_script(
         overhead: See `session.watch`.
         every: See `session.watch`.
         rules: See `session.watch`.
+        classifier: See `session.watch`.
 
     Raises:
         UsageError: There is no such script, or it is not Python. Nothing has run then.
-        RuleError: A rule file that cannot be used.
+        RuleError, ClassifierError: A file that cannot be used.
         RunLogError: The run directory cannot be written.
     """
     path = Path(script)
@@ -68,6 +70,7 @@ def run_script(
         overhead=overhead,
         every=every,
         rules=rules,
+        classifier=classifier,
         name=path.stem or "run",
         header=header,
         announce=to_stderr(),

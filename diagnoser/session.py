@@ -14,9 +14,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from diagnoser.classifier import Classifier, load
 from diagnoser.curvature import ProbeSet
-from diagnoser.diagnosis import default_rules, diagnose
-from diagnoser.errors import DiagnoserError, MeasurementError, RunLogError, UsageError
+from diagnoser.diagnosis import chosen, diagnose
+from diagnoser.errors import (
+    ClassifierError,
+    DiagnoserError,
+    MeasurementError,
+    RunLogError,
+    UsageError,
+)
 from diagnoser.monitor import EVERYTHING, Interception, Monitor, Schedule
 from diagnoser.report import finding_line, write_run
 from diagnoser.rules import Rule
@@ -53,6 +60,7 @@ class Watch:
         every: int | None = None,
         at: Mapping[int, Collection[str]] | None = None,
         rules: Path | str | None = None,
+        classifier: Path | str | None = None,
         name: str = "run",
         header: Mapping[str, Any] | None = None,
         announce: Callable[[str], None] | None = None,
@@ -70,9 +78,10 @@ class Watch:
         self._looked_s, self._looks = 0.0, 0
         self._process = os.getpid()
         self._rules: tuple[Rule, ...] = ()
+        self._classifier: Path | None = None
         if self._off:
             return
-        self._rules = default_rules(None if rules is None else Path(rules))
+        self._rules, self._classifier = chosen(rules, classifier)
         self.directory = (Path(out) if out is not None else new_run_directory(name)).absolute()
         self._log = RunLogWriter(self.directory, self.directory.name, dict(header or {}))
         self._schedule = Schedule(overhead=overhead, every=every, at=dict(at or {}))
@@ -177,10 +186,18 @@ class Watch:
             DiagnoserError: The run directory cannot be written.
         """
         recording = self.log
-        diagnosis = diagnose(recording, self._rules)
+        diagnosis = diagnose(recording, self._rules, self._learned())
         if write and self.directory is not None:
             write_run(diagnosis, recording, self.directory)
         return diagnosis
+
+    def _learned(self) -> Classifier | None:
+        """Builds the classifier: at the end, so that no library of its is in the training."""
+        try:
+            return load(self._classifier) if self._classifier is not None else None
+        except ClassifierError as error:
+            self._say(f"diagnoser: {error}; judged by the rules alone")
+            return None
 
     def _look_for_findings(self) -> None:
         """Prints findings that are new, as often as a two-hundredth of training time allows.
@@ -276,6 +293,7 @@ def watch(
     every: int | None = None,
     at: Mapping[int, Collection[str]] | None = None,
     rules: Path | str | None = None,
+    classifier: Path | str | None = None,
     verbose: bool = True,
 ) -> Watch:
     """Watches a training loop that does not change.
@@ -308,12 +326,14 @@ def watch(
         at: Measure at these steps instead, whatever it costs; beside what every measurement holds,
             each names what else it measures: ``{10: ("spectrum",), 40: ("interaction",), 70: ()}``.
             A measurement takes its step and the next.
-        rules: A directory of rules, or the name of a shipped family.
+        rules: A directory of rules, or the name of a shipped family; ``off`` for none.
+        classifier: A file that `classifier.save` wrote instead of the shipped one; ``off`` for
+            none. Findings that are printed on the way are those of the rules.
         verbose: Print findings to stderr as they appear.
 
     Raises:
         UsageError: Arguments that do not fit together.
-        RuleError: A rule file that cannot be used.
+        RuleError, ClassifierError: A file that cannot be used.
         RunLogError: The run directory cannot be written.
     """
     models = {"model": model} if isinstance(model, nn.Module) else model
@@ -340,6 +360,7 @@ def watch(
         every=every,
         at=at,
         rules=rules,
+        classifier=classifier,
         announce=to_stderr() if verbose else None,
     )
 

@@ -46,7 +46,7 @@ def looks(store: Store, tmp_path: Path, code: str = "now") -> list[Look]:
 
 
 def same(ours: list[Look], theirs: list[Look]) -> None:
-    for name in ("seed", "prefix", "rules"):
+    for name in ("seed", "prefix", "claims"):
         assert [getattr(a, name) for a in ours] == [getattr(b, name) for b in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert repr(a.opinions) == repr(b.opinions)

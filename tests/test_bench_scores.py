@@ -12,11 +12,12 @@ from test_bench_scoring import CLEAN, FROZEN, HOT
 
 from diagnoser.benchmark import commands
 from diagnoser.benchmark.baselines import Opinion
-from diagnoser.benchmark.dataset import Answer, Look, Seen
+from diagnoser.benchmark.dataset import Look, Seen
 from diagnoser.benchmark.evaluate import FAMILIES, learn
 from diagnoser.benchmark.scores import read_scores
 from diagnoser.classifier import Vectors
 from diagnoser.cli import main
+from diagnoser.diagnosis import Claim
 from diagnoser.errors import BenchmarkError
 
 NAMES = ("layers.0.attention.query", "layers.0.attention.key", "head")
@@ -29,8 +30,8 @@ def look(rng: np.random.Generator, truth, seed: int, prefix: float) -> Look:
     moved = rng.normal(1.0, 0.1, 3)
     if truth.operators == ("O11b",):
         moved[:2] = 0.0
-    findings = (("spike", "high", "model"),) if sharp > 1.0 else ()
-    causes = (("learning_rate_too_high", "model"),) if findings else ()
+    claim = Claim("learning-rate-too-high", "high", "model", 5, ("learning_rate_too_high",))
+    claims = (claim,) if sharp > 1.0 else ()
     said = {name: Opinion(False, -1.0, (), NAMES) for name in OTHERS}
     said |= {name: Opinion(True, math.nan, (), NAMES) for name in OTHERS[2:]}
     vectors = Vectors(
@@ -39,8 +40,7 @@ def look(rng: np.random.Generator, truth, seed: int, prefix: float) -> Look:
         NAMES,
         ("query", "key", "head"),
     )
-    answer = Answer(bool(findings), causes, findings)
-    return Look(seed, prefix, vectors, answer, said, {"loss__mean": float(rng.normal())})
+    return Look("watched", seed, prefix, vectors, claims, said, {"loss__mean": float(rng.normal())})
 
 
 def runs(seed: int = 0) -> list[Seen]:

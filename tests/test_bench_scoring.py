@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, roc_auc_score
 
-from diagnoser.benchmark.dataset import Answer, Look, Seen, Truth
+from diagnoser.benchmark.dataset import Look, Seen, Truth
 from diagnoser.benchmark.evaluate import family_of
 from diagnoser.benchmark.judges import by_rules, is_judged, precisions
 from diagnoser.benchmark.scoring import (
@@ -23,8 +23,10 @@ from diagnoser.benchmark.scoring import (
     figures,
 )
 from diagnoser.classifier import Vectors
+from diagnoser.diagnosis import Claim
 from diagnoser.errors import BenchmarkError
 from diagnoser.features import CATALOGUE
+from diagnoser.rules import Precision
 
 NOTHING = Vectors({}, {}, (), ())
 CLEAN = Truth(
@@ -175,34 +177,37 @@ def test_judges_are_compared_on_the_same_runs_only():
 # -- rules as a judge ------------------------------------------------------------------------------
 
 
-def seen(truth, findings=(), causes=(), seed=0):
-    grave = any(severity != "low" for _, severity, _ in findings)
-    answer = Answer(grave, tuple(causes), tuple(findings))
-    return Seen(truth, Look(seed, 1.0, NOTHING, answer, {}, {}))
+def seen(truth, fired=(), seed=0, prefix=1.0):
+    claims = tuple(Claim(rule, severity, at, 5, CAUSED) for rule, severity, at in fired)
+    return Seen(truth, Look("watched", seed, prefix, NOTHING, claims, {}, {}))
 
 
-def test_the_precision_of_a_rule_counts_runs_once_and_only_those_whose_truth_is_known():
+CAUSED = ("learning_rate_too_high", "residual")
+NAMES = dict.fromkeys(("spike", "odd", "sure", "doubtful"), CAUSED)
+
+
+def test_the_precision_of_a_rule_counts_whole_runs_once_and_only_those_whose_truth_is_known():
     twice = [("spike", "high", "a"), ("spike", "high", "b"), ("odd", "low", "a")]
     runs = [
         seen(HOT, twice),
+        seen(HOT, twice, prefix=0.5),
         seen(CLEAN, twice),
         seen(CLEAN),
         seen(replace(HOT, harm="ambiguous"), twice),
         seen(replace(MASKED, harm="equivalent"), twice),
     ]
-    assert [is_judged(run) for run in runs] == [True, True, True, False, False]
-    (only,) = precisions(runs).values()
-    assert (only.rule, only.hits, only.n) == ("spike", 1, 2)
-    assert only.low < 0.5 < only.high
+    assert [is_judged(run) for run in runs] == [True, True, True, True, False, False]
+    counted = Precision(n=2, faulty=1, causes={"learning_rate_too_high": 1, "residual": 0})
+    assert precisions(runs, NAMES) == {"odd": counted, "spike": counted}
 
 
 def test_rules_are_as_sure_as_the_most_precise_that_fires():
     runs = [seen(HOT, [("sure", "high", "a")], seed=i) for i in range(20)]
     runs += [seen(CLEAN, [("doubtful", "medium", "a")], seed=i) for i in range(20)]
-    known = precisions(runs)
+    known = precisions(runs, NAMES)
     scores = [
-        by_rules(seen(HOT, findings), known).score
-        for findings in (
+        by_rules(seen(HOT, fired), known).score
+        for fired in (
             [],
             [("odd", "low", "a")],
             [("doubtful", "medium", "a")],
@@ -215,9 +220,9 @@ def test_rules_are_as_sure_as_the_most_precise_that_fires():
 
 
 def test_rules_name_causes_once_and_components_without_the_whole_model():
-    causes = [("learning_rate_too_high", "model"), ("learning_rate_too_high", "head")]
-    verdict = by_rules(seen(HOT, [("r", "high", "head")], causes), {})
-    assert verdict.causes == ("learning_rate_too_high",)
+    verdict = by_rules(seen(HOT, [("r", "high", "model"), ("r", "high", "head")]), {})
+    assert verdict.faulty
+    assert verdict.causes == CAUSED
     assert verdict.components == ("head",)
 
 

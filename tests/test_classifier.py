@@ -12,8 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diagnoser.classifier import Classifier, Example, Vectors, fit, load, save, to_blame
+from diagnoser.classifier.fitting import _threshold
 from diagnoser.classifier.reference import learn_reference
 from diagnoser.classifier.saying import say
 from diagnoser.errors import ClassifierError
@@ -189,6 +192,21 @@ def test_a_prefix_names_all_its_parts(name, blamed, right):
 def test_too_few_runs_are_refused_with_their_number():
     with pytest.raises(ClassifierError, match="healthy runs"):
         fit(examples(each=2)[:6], RUN_COLUMNS, COMPONENT_COLUMNS, {})
+
+
+def test_runs_without_a_component_to_blame_are_refused():
+    everywhere = [replace(example, components=()) for example in examples()]
+    with pytest.raises(ClassifierError, match="which component is to blame"):
+        fit(everywhere, RUN_COLUMNS, COMPONENT_COLUMNS, {})
+
+
+@given(st.lists(st.tuples(st.floats(0, 0.999), st.booleans()), min_size=1, max_size=200))
+def test_healthy_runs_on_which_rules_or_classifier_alarm_are_few(runs):
+    said, alarmed = np.array([p for p, _ in runs]), np.array([a for _, a in runs])
+    threshold = _threshold(said, alarmed)
+    beyond = (said >= threshold) & ~alarmed
+    assert threshold >= 0.5
+    assert beyond.sum() <= max(0, int(0.05 * len(runs)) - alarmed.sum())
 
 
 # -- the file --------------------------------------------------------------------------------------

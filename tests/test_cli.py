@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,10 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from diagnoser import watch
+from diagnoser.classifier import Example, Vectors, fit, save
 from diagnoser.cli import main
 
 SHIPPED = Path(__file__).parents[1] / "rules" / "diagnoser"
@@ -86,6 +89,73 @@ def test_diagnose_takes_the_rules_it_is_given(healthy_run, capsys):
         assert main(["diagnose", "--json", "--rules", rules, str(healthy_run)]) == 0
         unknown = {entry["rule"] for entry in json.loads(capsys.readouterr().out)["unknown"]}
         assert unknown <= {path.stem for path in (SHIPPED.parent / "autotrainer").glob("*.yaml")}
+
+
+@pytest.fixture(scope="module")
+def alarmist(tmp_path_factory) -> Path:
+    """The file of a classifier that has learned that a falling loss is a fault."""
+    rng = np.random.default_rng(0)
+
+    def run(faulty: bool) -> Vectors:
+        fall = rng.normal(0.9 if faulty else -0.9, 0.3)
+        moved = {"update_ratio.latest": rng.normal(1.0, 0.1, 2)}
+        return Vectors({"loss_fall.latest": fall}, moved, ("a", "b"), ("other", "other"))
+
+    causes = ("residual", "normalization")
+    made = [
+        Example(run(i % 2 == 1), i % 2 == 1, causes[i % 4 // 2 :][: i % 2], ("program_defect",),
+                ("a",) if i % 2 else (), str(i % 10))
+        for i in range(120)
+    ]  # fmt: skip
+    learned = fit(made, ("loss_fall.latest",), ("update_ratio.latest",), {"runs": 120})
+    # Of a run of which hardly anything is known it would not judge.
+    learned = dataclasses.replace(learned, most_unfamiliar=1.0, least_known=0.0)
+    path = tmp_path_factory.mktemp("classifier") / "alarmist.skops"
+    save(learned, path, np.array([[0.9, np.nan]]))
+    return path
+
+
+def test_diagnose_takes_the_classifier_it_is_given(healthy_run, alarmist, capsys):
+    command = ["diagnose", "--json", str(healthy_run), "--classifier"]
+    assert main([*command, str(alarmist)]) == 1
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert finding["source"] == "classifier" and finding["probability"] > 0.5
+    assert main([*command, "off"]) == 0
+
+
+def test_a_classifier_costs_less_than_three_seconds_and_no_torch(healthy_run, alarmist):
+    code = (
+        "import json, sys, time; from diagnoser.cli import main; "
+        f"code = main(['diagnose', {str(healthy_run)!r}, '--classifier', {str(alarmist)!r}]); "
+        "print(json.dumps([code, time.process_time(), 'torch' in sys.modules]), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    code, seconds, torch_too = json.loads(done.stderr.splitlines()[-1])
+    assert (code, torch_too) == (1, False)
+    assert seconds < 3.0
+
+
+def test_a_run_can_be_judged_by_either_alone_but_not_by_nothing(healthy_run, alarmist, capsys):
+    alone = ["diagnose", "--json", "--rules", "off", str(healthy_run), "--classifier"]
+    assert main([*alone, str(alarmist)]) == 1
+    assert json.loads(capsys.readouterr().out)["unknown"] == []
+    assert "nothing to judge a run by" in refused(capsys, *alone, "off")
+
+
+def test_a_classifier_that_cannot_be_used_stops_everything_before_it_starts(
+    healthy_run, alarmist, tmp_path, capsys
+):
+    other = tmp_path / "mine.skops"
+    other.write_bytes(alarmist.read_bytes()[:-1])
+    other.with_suffix(".json").write_bytes(alarmist.with_suffix(".json").read_bytes())
+    script, ran = tmp_path / "script.py", tmp_path / "ran"
+    script.write_text(f"open({str(ran)!r}, 'w')\n")
+    for path, says in ((other, "is not the file that mine.json describes"),
+                       (tmp_path / "none.skops", "cannot be read")):  # fmt: skip
+        for command in (["diagnose", healthy_run], ["report", healthy_run], ["run", script]):
+            line = refused(capsys, command[0], "--classifier", path, command[1])
+            assert str(path) in line and says in line
+    assert not ran.exists()
 
 
 def test_a_truncated_log_is_diagnosed_as_far_as_it_goes(run, capsys):

@@ -20,7 +20,8 @@ from diagnoser.classifier.reference import Reference
 from diagnoser.diagnosis import default_rules, diagnose
 from diagnoser.features import CATALOGUE
 from diagnoser.report import diagnosis_to_json
-from diagnoser.rules import Rule, load_rules
+from diagnoser.rules import Precision, Rule, load_rules
+from diagnoser.runlog import Recording
 from diagnoser.types import Diagnosis, Finding, Where
 
 RULES = default_rules()
@@ -507,15 +508,40 @@ def test_a_classifier_that_never_saw_such_a_run_says_so_and_nothing_else() -> No
     assert [unknown.rule for unknown in diagnosis.unknown] == ["classifier"]
 
 
-def test_a_grave_rule_goes_before_what_was_learned(tmp_path: Path) -> None:
-    rules = family(tmp_path, rule("plain", "zero_share", severity="high", causes=["data_order"]))
+def plain(directory: Path) -> tuple[Sequence[Rule], Recording]:
+    rules = family(directory, rule("plain", "zero_share", severity="high", causes=["data_order"]))
     series = {**FINE, "zero_share": {"embed": [1.0] * 8}}
-    recording = made_recording(COMPONENTS, series, FALLING)
+    return rules, made_recording(COMPONENTS, series, FALLING)
+
+
+@pytest.mark.parametrize(("right", "first"), [(90, "data_order"), (10, "residual")])
+def test_a_rule_is_believed_as_often_as_it_was_right(
+    tmp_path: Path, right: int, first: str
+) -> None:
+    rules, recording = plain(tmp_path)
+    measured = {"plain": Precision(n=100, faulty=95, causes={"data_order": right})}
+    diagnosis = diagnose(recording, rules, learned(0.9, {"residual": 0.6}), measured)
+    assert ranked(diagnosis)[0][0] == first
+    finding = diagnosis.findings[0]
+    assert (finding.source, finding.probability, finding.n) == ("rule:plain", 0.95, 100)
+    assert finding.causes[0].probability == right / 100
+
+
+def test_the_gravest_finding_comes_first_and_a_rule_that_was_never_measured_has_no_number(
+    tmp_path: Path,
+) -> None:
+    rules, recording = plain(tmp_path)
     diagnosis = diagnose(recording, rules, learned(0.9, {"residual": 0.9}))
     assert [finding.source for finding in diagnosis.findings] == ["rule:plain", "classifier"]
-    assert ranked(diagnosis)[0][0] == "data_order"
+    assert diagnosis.findings[0].probability is None and diagnosis.findings[0].n is None
     alone = diagnose(recording, rules)
     assert alone.findings == diagnosis.findings[:1]
+
+
+def test_a_classifier_that_is_not_sure_names_no_cause_of_its_own(tmp_path: Path) -> None:
+    rules, recording = plain(tmp_path)
+    diagnosis = diagnose(recording, rules, learned(0.4, {"residual": 0.9, "data_order": 0.1}))
+    assert [cause for cause, _ in ranked(diagnosis)] == ["data_order"]
 
 
 def test_what_rules_and_classifier_agree_on_comes_first(tmp_path: Path) -> None:

@@ -39,11 +39,10 @@ from diagnoser.benchmark.jobs import Mode
 from diagnoser.benchmark.plan import Item
 from diagnoser.benchmark.results import Store, write_whole
 from diagnoser.classifier import Vectors, vectors
-from diagnoser.diagnosis import default_rules, diagnose
+from diagnoser.diagnosis import Claim, claims, default_rules
 from diagnoser.features import feature_tables
 from diagnoser.injection import places
 from diagnoser.runlog import LOG_FILE, Recording, read_run
-from diagnoser.types import Diagnosis
 
 PREFIXES: Final = (0.10, 0.25, 0.50, 1.00)
 HARMLESS: Final = ("equivalent", "not worse")
@@ -51,10 +50,10 @@ UNPROVEN: Final = {"proven": "", "ambiguous": "HCx", "incomplete": ""}
 # Before these shares of a run there is nothing to be seen of a mistake.
 NOT_YET: Final = {"X2": 0.50, "E1": 0.99}
 CODE: Final = (
-    *("features", "classifier/vectors.py", "table.py", "rules", "diagnosis.py", "runlog"),
+    *("features", "classifier/vectors.py", "table.py", "rules", "diagnosis", "runlog"),
     *("benchmark/baselines.py", "benchmark/harm.py"),
 )
-IDENTITY: Final = ("seed", "prefix", "rules", "opinions", "deepfd")  # columns of no feature
+IDENTITY: Final = ("seed", "prefix", "claims", "opinions", "deepfd")  # columns of no feature
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,29 +105,19 @@ class Truth:
         return ""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the rules say of a run; causes with components, best first.
-
-    ``findings`` are (rule, severity, component), in the order of the diagnosis.
-    """
-
-    faulty: bool
-    causes: tuple[tuple[str, str], ...]
-    findings: tuple[tuple[str, str, str], ...]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Look:
     """What all judges see of a run, and what those say that need not learn.
 
-    ``opinions`` are of the baselines by name, ``deepfd`` the features that DeepFD learns from.
+    ``claims`` are of the rules, ``opinions`` of the baselines by name, ``deepfd`` the features that
+    DeepFD learns from.
     """
 
+    mode: str  # watched or budget
     seed: int
     prefix: float
     vectors: Vectors
-    rules: Answer
+    claims: tuple[Claim, ...]
     opinions: Mapping[str, Opinion]
     deepfd: Mapping[str, float]
 
@@ -192,27 +181,20 @@ def cut(recording: Recording, prefix: float) -> Recording:
     return recording.until(max(round(prefix * steps) - 1, 0))
 
 
-def rules_say(diagnosis: Diagnosis) -> Answer:
-    """Sums a diagnosis up."""
-    return Answer(
-        diagnosis.verdict == "faulty",
-        tuple((cause.cause, cause.component) for cause in diagnosis.causes),
-        tuple((f.source.partition(":")[2], f.severity, f.component) for f in diagnosis.findings),
-    )
-
-
-def compute(log: Path, seed: int, folder: Path) -> list[Look]:
+def compute(log: Path, mode: Mode, seed: int, folder: Path) -> list[Look]:
     """Looks at a run at each prefix."""
     whole, rules = recording_of(log.read_bytes(), folder), default_rules()
     found = []
     for prefix in PREFIXES:
         recording = cut(whole, prefix)
+        tables = feature_tables(recording)
         found.append(
             Look(
+                mode,
                 seed,
                 prefix,
-                vectors(feature_tables(recording)),
-                rules_say(diagnose(recording, rules)),
+                vectors(tables),
+                claims(tables, recording, rules),
                 opinions(recording),
                 deepfd_features(recording),
             )
@@ -254,14 +236,14 @@ def features(store: Store, mode: Mode, digest: str, code: str, folder: Path) -> 
         return []
     logs = hashlib.sha256("".join(str(row["log_sha256"]) for row in rows).encode()).hexdigest()
     note = {"diagnoser.code": code, "diagnoser.logs": logs[:16]}
-    known = _read(_paths(store, mode, digest), note)
+    known = _read(_paths(store, mode, digest), mode, note)
     if known is not None:
         return known
     found = []
     for row in rows:
         own = folder / f"{mode}-{digest}-{row['seed']}"
         own.mkdir()
-        found += compute(store.log_path(mode, digest, row["seed"]), int(row["seed"]), own)
+        found += compute(store.log_path(mode, digest, row["seed"]), mode, int(row["seed"]), own)
     _write(_paths(store, mode, digest), note, found)
     return found
 
@@ -280,7 +262,7 @@ def _write(
     for look in found:
         of, key = look.vectors, {"seed": look.seed, "prefix": look.prefix}
         said = {
-            "rules": json.dumps(dataclasses.astuple(look.rules)),
+            "claims": json.dumps([dataclasses.astuple(claim) for claim in look.claims]),
             "opinions": json.dumps({k: dataclasses.astuple(v) for k, v in look.opinions.items()}),
             "deepfd": json.dumps(dict(look.deepfd)),
         }
@@ -295,7 +277,7 @@ def _write(
         write_whole(path, content.getvalue())
 
 
-def _read(paths: tuple[Path, Path], note: Mapping[str, str]) -> list[Look] | None:
+def _read(paths: tuple[Path, Path], mode: Mode, note: Mapping[str, str]) -> list[Look] | None:
     tables = []
     for path in paths:
         try:
@@ -306,10 +288,10 @@ def _read(paths: tuple[Path, Path], note: Mapping[str, str]) -> list[Look] | Non
         if any(stored.get(name) != value for name, value in note.items()):
             return None
         tables.append(table)
-    return list(_looks(*tables))
+    return list(_looks(mode, *tables))
 
 
-def _looks(runs: pa.Table, components: pa.Table) -> Iterator[Look]:
+def _looks(mode: Mode, runs: pa.Table, components: pa.Table) -> Iterator[Look]:
     columns = [c for c in components.column_names if c not in {"seed", "prefix", "name", "kind"}]
     numbers = {c: components[c].to_numpy(zero_copy_only=False).astype(float) for c in columns}
     names, kinds = components["name"].to_pylist(), components["kind"].to_pylist()
@@ -318,8 +300,10 @@ def _looks(runs: pa.Table, components: pa.Table) -> Iterator[Look]:
     for i, key in enumerate(keys):
         at.setdefault(key, []).append(i)
     for row in runs.to_pylist():
-        faulty, causes, findings = json.loads(row["rules"])
-        answer = Answer(faulty, tuple(map(tuple, causes)), tuple(map(tuple, findings)))
+        claimed = [
+            Claim(rule, severity, component, since, tuple(causes), tuple(under) if under else None)
+            for rule, severity, component, since, causes, under in json.loads(row["claims"])
+        ]
         said = json.loads(row["opinions"])
         others = {
             name: Opinion(faulty, score, tuple(causes), tuple(components))
@@ -333,10 +317,11 @@ def _looks(runs: pa.Table, components: pa.Table) -> Iterator[Look]:
             tuple(kinds[i] for i in own),
         )
         yield Look(
+            mode,
             int(row["seed"]),
             float(row["prefix"]),
             of,
-            answer,
+            tuple(claimed),
             others,
             json.loads(row["deepfd"]),
         )

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 from joblib import Parallel, delayed
 
 from diagnoser.benchmark.baselines import DeepFD, fit_deepfd
@@ -18,7 +17,6 @@ from diagnoser.benchmark.dataset import Seen, digest_of_code, features, truths
 from diagnoser.benchmark.harm import Harm
 from diagnoser.benchmark.jobs import Mode
 from diagnoser.benchmark.judges import (
-    Precision,
     by_classifier,
     by_deepfd,
     by_opinion,
@@ -30,11 +28,12 @@ from diagnoser.benchmark.judges import (
 )
 from diagnoser.benchmark.plan import Plan
 from diagnoser.benchmark.results import Store
-from diagnoser.benchmark.scoring import HEALTHY, Verdict
+from diagnoser.benchmark.scoring import Verdict
 from diagnoser.classifier import Classifier, fit
+from diagnoser.diagnosis import default_rules
 from diagnoser.errors import BenchmarkError
+from diagnoser.rules import Precision
 
-FALSE_ALARMS: Final = 0.05  # of healthy runs that the joint threshold lets through
 OPINIONS: Final = ("loss", "autotrainer", "gradient norm", "update ratio", "entropy")
 FAMILIES: Final = ("L", "G", "A", "H")  # loss, gradients and program, attention and inputs, Hessian
 OF_LOSS: Final = ("loss_", "non_finite_loss", "accuracy")
@@ -47,12 +46,11 @@ OF_CURVATURE: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """What was learned: a classifier, DeepFD, the precision of every rule, a joint threshold."""
+    """What was learned: a classifier, DeepFD, and the precision of every rule."""
 
     classifier: Classifier
     deepfd: DeepFD
     precision: Mapping[str, Precision]
-    threshold: float
 
 
 def family_of(column: str) -> str:
@@ -108,13 +106,11 @@ def learn(seen: Sequence[Seen], families: Iterable[str] = FAMILIES) -> Learned:
     component_columns = _columns((run.look.vectors.components for run in chosen), wanted)
     about = {"families": sorted(wanted), "runs": len(chosen)}
     classifier = fit([example(run) for run in chosen], run_columns, component_columns, about)
-    precision = precisions(chosen)
-    healthy = [run for run in chosen if run.truth.control in HEALTHY]
-    scores = [together(run, classifier, precision, 0.0).score for run in healthy]
-    threshold = max(float(np.quantile(scores, 1.0 - FALSE_ALARMS)), classifier.threshold)
+    watched = [run for run in chosen if run.look.mode == "watched"]
+    precision = precisions(watched, {rule.id: rule.causes for rule in default_rules()})
     labels = [run.truth.causes if run.truth.is_faulty else () for run in chosen]
     deepfd = fit_deepfd([run.look.deepfd for run in chosen], labels)
-    return Learned(classifier, deepfd, precision, threshold)
+    return Learned(classifier, deepfd, precision)
 
 
 def _columns(rows: Iterable[Mapping[str, object]], families: set[str]) -> tuple[str, ...]:
@@ -128,7 +124,7 @@ def judges(learned: Learned) -> dict[str, Callable[[Seen], Verdict]]:
     return {
         "rules": lambda run: by_rules(run, precision),
         "classifier": lambda run: by_classifier(run, learned.classifier),
-        "together": lambda run: together(run, learned.classifier, precision, learned.threshold),
+        "together": lambda run: together(run, learned.classifier, precision),
         "deepfd": lambda run: by_deepfd(run, learned.deepfd),
         **{name: functools.partial(by_opinion, name=name) for name in OPINIONS},
     }

@@ -3,51 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
 
 from diagnoser.benchmark.baselines import DeepFD
-from diagnoser.benchmark.dataset import Seen
-from diagnoser.benchmark.intervals import wilson
+from diagnoser.benchmark.dataset import Seen, Truth
 from diagnoser.benchmark.scoring import HEALTHY, Verdict
 from diagnoser.classifier import Classifier, Example
-from diagnoser.vocabulary import MODEL, severity_rank
-
-GRAVE: Final = severity_rank("medium")  # from here on a finding makes a run faulty
-
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """How often a run is faulty where a rule fires on it at severity medium or more."""
-
-    rule: str
-    hits: int
-    n: int
-    low: float
-    high: float
-
-    @property
-    def value(self) -> float:
-        """The share, with one hit and one miss added, so that three of three is not certain."""
-        return (self.hits + 1) / (self.n + 2)
+from diagnoser.diagnosis import is_grave, places_in_order, ranked, suspicion, votes_of
+from diagnoser.rules import Precision
 
 
-def precisions(seen: Iterable[Seen]) -> dict[str, Precision]:
-    """Measures the precision of every rule on runs that are faulty or healthy.
+def precisions(seen: Iterable[Seen], names: Mapping[str, Sequence[str]]) -> dict[str, Precision]:
+    """Counts how often every rule was right on whole runs that are faulty or healthy.
 
     A run counts once a rule; ambiguous ones and latent defects are left out.
+
+    Args:
+        seen: Looks at runs; those at a part of one are passed over.
+        names: The causes that each rule names, by its id.
     """
-    counts: dict[str, tuple[int, int]] = {}
+    fired: dict[str, list[Truth]] = {}
     for run in seen:
-        if not is_judged(run):
-            continue
-        fired = {name for name, severity, _ in run.look.rules.findings if _is_grave(severity)}
-        for name in fired:
-            hits, n = counts.get(name, (0, 0))
-            counts[name] = (hits + run.truth.is_faulty, n + 1)
+        if run.look.prefix == 1.0 and is_judged(run):
+            for rule in {claim.rule for claim in run.look.claims}:
+                fired.setdefault(rule, []).append(run.truth)
     return {
-        name: Precision(name, hits, n, *wilson(hits, n))
-        for name, (hits, n) in sorted(counts.items())
+        rule: Precision(
+            n=len(truths),
+            faulty=sum(truth.is_faulty for truth in truths),
+            causes={
+                cause: sum(truth.is_faulty and cause in truth.causes for truth in truths)
+                for cause in names[rule]
+            },
+        )
+        for rule, truths in sorted(fired.items())
     }
 
 
@@ -61,20 +49,32 @@ def example(run: Seen) -> Example:
     truth = run.truth
     group = f"{truth.subject} {'+'.join(truth.operators) or 'clean'}"
     return Example(
-        run.look.vectors, truth.is_faulty, truth.causes, truth.faults, truth.components, group
+        run.look.vectors,
+        truth.is_faulty,
+        truth.causes,
+        truth.faults,
+        truth.components,
+        group,
+        alarmed=alarmed(run),
     )
 
 
-def by_rules(run: Seen, precision: Mapping[str, Precision]) -> Verdict:
+def by_rules(run: Seen, measured: Mapping[str, Precision]) -> Verdict:
     """The rules: as sure as the most precise rule that fires, more so the more fire."""
-    values = [
-        precision[name].value if name in precision else 0.5
-        for name, severity, _ in run.look.rules.findings
-        if _is_grave(severity)
-    ]
-    score = max(values, default=0.0) + 0.001 * min(len(values), 50)
-    causes = tuple(dict.fromkeys(cause for cause, _ in run.look.rules.causes))
-    return Verdict(run.truth, run.look.seed, run.look.rules.faulty, score, causes, _named(run))
+    causes = ranked(votes_of(run.look.claims, measured))
+    return Verdict(
+        run.truth,
+        run.look.seed,
+        alarmed(run),
+        _suspicion(run, measured),
+        _distinct(causes),
+        places_in_order(causes),
+    )
+
+
+def alarmed(run: Seen) -> bool:
+    """Whether the rules call a run faulty."""
+    return any(is_grave(claim.severity) for claim in run.look.claims)
 
 
 def by_opinion(run: Seen, name: str) -> Verdict:
@@ -102,44 +102,45 @@ def by_classifier(run: Seen, classifier: Classifier) -> Verdict:
     )
 
 
-def together(
-    run: Seen, classifier: Classifier, precision: Mapping[str, Precision], threshold: float
-) -> Verdict:
-    """Rules and classifier as independent witnesses; causes and components by summed belief."""
+def together(run: Seen, classifier: Classifier, measured: Mapping[str, Precision]) -> Verdict:
+    """Both, merged as `diagnose` does it: two witnesses, of whom either makes a run faulty.
+
+    Of a run that neither calls faulty, causes and components are those that the merged order has.
+    """
     said = classifier.predict(run.look.vectors, explain=False)
-    rules = by_rules(run, precision)
-    belief = min(rules.score, 0.999)
-    score = 1.0 - (1.0 - said.faulty) * (1.0 - belief)
+    by_itself = not said.abstains and said.faulty >= classifier.threshold
+    faulty = by_itself or alarmed(run)
+    causes = ranked(
+        votes_of(run.look.claims, measured),
+        None if said.abstains and faulty else said,
+        adds=by_itself or not faulty,
+    )
+    doubt = 1.0 - min(_suspicion(run, measured), 0.999)
     return Verdict(
         run.truth,
         run.look.seed,
-        score >= threshold,
-        score,
-        _merged(rules.causes, said.causes, belief),
-        _merged(rules.components, said.components, belief),
+        faulty,
+        1.0 - (1.0 - said.faulty) * doubt,
+        _distinct(causes),
+        places_in_order(causes, said),
     )
 
 
-def _merged(
-    first: Sequence[str], second: Sequence[tuple[str, float]], belief: float
-) -> tuple[str, ...]:
-    """Adds what the rules believe of each name, less by rank, to the classifier's probability."""
-    total = dict(second)
-    for rank, name in enumerate(first, start=1):
-        total[name] = total.get(name, 0.0) + belief / rank
-    return tuple(sorted(total, key=lambda name: (-total[name], name)))
+def _suspicion(run: Seen, measured: Mapping[str, Precision]) -> float:
+    values = [
+        suspicion(claim.severity, measured.get(claim.rule))
+        for claim in run.look.claims
+        if is_grave(claim.severity)
+    ]
+    return max(values, default=0.0) + 0.001 * min(len(values), 50)
 
 
-def _named(run: Seen) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(where for _, where in run.look.rules.causes if where != MODEL))
-
-
-def _is_grave(severity: str) -> bool:
-    return severity_rank(severity) >= GRAVE
+def _distinct(causes: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(cause for cause, _ in causes))
 
 
 __all__ = [
-    "Precision",
+    "alarmed",
     "by_classifier",
     "by_deepfd",
     "by_opinion",

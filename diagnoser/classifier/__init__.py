@@ -5,10 +5,10 @@ learns, `predict` judges, `saying` puts it as a finding, `store` keeps it in a f
 imported only where an estimator is made or read; no torch here.
 """
 
-from diagnoser.classifier.fitting import Example, fit, to_blame
+from diagnoser.classifier.fitting import Example, fit, fitted_rows, to_blame
 from diagnoser.classifier.predict import Classifier, Prediction, Reason
 from diagnoser.classifier.saying import Said, say
-from diagnoser.classifier.store import load, save
+from diagnoser.classifier.store import load, save, shipped_classifier, verify
 from diagnoser.classifier.vectors import Vectors, vectors
 
 __all__ = [
@@ -19,9 +19,12 @@ __all__ = [
     "Said",
     "Vectors",
     "fit",
+    "fitted_rows",
     "load",
     "save",
     "say",
+    "shipped_classifier",
     "to_blame",
     "vectors",
+    "verify",
 ]

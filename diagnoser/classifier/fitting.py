@@ -20,6 +20,7 @@ FOLDS: Final = 5
 FEWEST_GROUPS: Final = 3
 FEWEST_OF_A_CAUSE: Final = 10  # runs
 FALSE_ALARMS: Final = 0.05  # share of healthy runs that the threshold lets through
+LIKELY: Final = 0.5  # the least probability of an alarm
 UNFAMILIAR: Final = 0.99  # quantile of what the classifier abstains beyond
 SEED: Final = 0
 
@@ -29,7 +30,8 @@ class Example:
     """A run and its truth.
 
     ``components`` are the names (or prefixes) that are right to blame; empty where the fault is the
-    whole model's, or there is none. ``group`` keeps twins together in every split.
+    whole model's, or there is none. ``group`` keeps twins together in every split. ``alarmed``:
+    the rules call it faulty, whatever the classifier says.
     """
 
     vectors: Vectors
@@ -39,6 +41,7 @@ class Example:
     components: tuple[str, ...]
     group: str
     weight: float = 1.0
+    alarmed: bool = False
 
 
 def fit(
@@ -56,7 +59,8 @@ def fit(
         about: What is stored of how it was made.
 
     Raises:
-        ClassifierError: Too few runs or groups to learn and calibrate from, or a single cause.
+        ClassifierError: Too few runs or groups to learn and calibrate from, a single cause, or no
+            component to blame.
     """
     healthy = [example.vectors for example in examples if not example.faulty]
     groups = np.array([example.group for example in examples])
@@ -86,11 +90,35 @@ def fit(
         causes=_fit_causes(examples, rows, groups, weight),
         location=_fit_location(examples, excess, groups),
         fault_of=_faults(examples),
-        # The probability that a share of held-out healthy runs is beyond.
-        threshold=float(np.quantile(held_out[~faulty], 1.0 - FALSE_ALARMS)),
+        threshold=_threshold(
+            held_out[~faulty], np.array([e.alarmed for e in examples if not e.faulty])
+        ),
         **_familiarity(rows, groups),
         about=dict(about),
     )
+
+
+def fitted_rows(classifier: Classifier, examples: Sequence[Example]) -> Array:
+    """Returns examples as the rows that a classifier's verdict is fitted on, (runs, columns)."""
+    reference = classifier.reference
+    return np.array(
+        [
+            run_row(e.vectors, classifier.run_columns, reference, reference.excess(e.vectors))
+            for e in examples
+        ]
+    )
+
+
+def _threshold(held_out: Array, alarmed: NDArray[np.bool_]) -> float:
+    """Returns the probability beyond which healthy runs are too few to matter.
+
+    Together with those on which the rules alarm, at most `FALSE_ALARMS` of all are beyond it; where
+    the rules use that up, none. What is less likely than not is no alarm, however few there are.
+    """
+    quiet = np.sort(held_out[~alarmed])[::-1]
+    allowed = max(0, int(FALSE_ALARMS * len(held_out)) - int(alarmed.sum()))
+    beyond = quiet[allowed] if allowed < len(quiet) else 0.0
+    return max(LIKELY, float(np.nextafter(beyond, 1.0)))
 
 
 def _estimator() -> Any:
@@ -182,6 +210,8 @@ def _fit_location(
         truth += right
         group += [key] * len(right)
         weight += [example.weight / max(len(right), 1)] * len(right)
+    if not any(truth):
+        raise ClassifierError("no faulty run says which component is to blame: none can be found")
     scaled = np.array(weight) / np.mean(weight)
     judge, _ = _calibrated(np.concatenate(rows), np.array(truth), np.array(group), scaled)
     return judge

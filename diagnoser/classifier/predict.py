@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from diagnoser.classifier.reference import Reference
 from diagnoser.classifier.vectors import Vectors, matrix
 from diagnoser.table import Array
+from diagnoser.vocabulary import MODEL
 
 REASONS: Final = 5  # features that are said to have moved a prediction
+SURE_OF_PLACE: Final = 0.5  # probability from which a component is named, and not the whole model
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,12 @@ class Prediction:
     abstains: bool
     reasons: tuple[Reason, ...]
 
+    @property
+    def place(self) -> str:
+        """The component to blame, if one is more likely than not; else the whole model."""
+        name, sure = self.components[0] if self.components else (MODEL, 0.0)
+        return name if sure >= SURE_OF_PLACE else MODEL
+
 
 @dataclass(frozen=True, slots=True)
 class Judge:
@@ -58,6 +66,17 @@ class Judge:
             return np.empty(0)
         score = self.estimator.decision_function(rows[:, self.columns])
         return np.asarray(1.0 / (1.0 + np.exp(-(self.slope * score + self.intercept))))
+
+    def gains(self) -> dict[int, float]:
+        """Returns, by column, the share of the gain of all splits that are on it."""
+        total: dict[int, float] = {}
+        # scikit-learn keeps what its trees gained where no public name leads to.
+        for (tree,) in self.estimator._predictors:
+            for node in tree.nodes[~tree.nodes["is_leaf"].astype(bool)]:
+                column = int(self.columns[node["feature_idx"]])
+                total[column] = total.get(column, 0.0) + float(node["gain"])
+        whole = sum(total.values())
+        return {column: gain / whole for column, gain in total.items()}
 
 
 @dataclass(frozen=True, slots=True)

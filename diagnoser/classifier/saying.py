@@ -13,7 +13,6 @@ from diagnoser.vocabulary import MODEL
 
 SOURCE: Final = "classifier"
 CAUSES_NAMED: Final = 3
-SURE_OF_PLACE: Final = 0.5  # probability from which a component is named, and not the whole model
 EXCESS: Final = "excess."
 
 
@@ -48,13 +47,12 @@ def say(classifier: Classifier, of: Vectors, steps: tuple[int, ...]) -> Said:
         title = "It is not like the faulty runs that the classifier learned from"
         return Said(said, checked=Checked(SOURCE, title, len(of.names), len(steps)))
     causes = tuple(Cause(name, probability) for name, probability in said.causes[:CAUSES_NAMED])
-    place, sure = said.components[0] if said.components else (MODEL, 0.0)
     first = causes[0].cause
     return Said(
         said,
         finding=Finding(
             fault=classifier.fault_of[first],
-            component=place if sure >= SURE_OF_PLACE else MODEL,
+            component=said.place,
             severity="medium",
             since_step=steps[-1] if steps else 0,
             source=SOURCE,

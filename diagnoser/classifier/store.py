@@ -9,9 +9,12 @@ scikit-learn that reads the file differently is noticed.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
+import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
@@ -23,6 +26,7 @@ from diagnoser.errors import ClassifierError
 SCHEMA: Final = "diagnoser.classifier/1"
 ALLOWED: Final = frozenset({"sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor"})
 CHECK_ROWS: Final = 8
+SHIPPED: Final = "shipped.skops"
 REBUILD: Final = "learn it again from the benchmark's runs"
 
 
@@ -35,8 +39,8 @@ def save(classifier: Classifier, path: Path, rows: np.ndarray[Any, Any]) -> None
         rows: Some rows that it was fitted on, (rows, run columns): the first ones are what a reader
             checks itself with.
     """
+    io = _skops_io()
     from sklearn import __version__ as sklearn_version
-    from skops import io
 
     content = {
         "run_columns": list(classifier.run_columns),
@@ -67,6 +71,21 @@ def save(classifier: Classifier, path: Path, rows: np.ndarray[Any, Any]) -> None
     _replace(_description_of(path), (json.dumps(description, indent=1) + "\n").encode())
 
 
+def shipped_classifier() -> Path | None:
+    """Returns the file of the classifier that the package brings; None where it brings none."""
+    path = Path(__file__).with_name(SHIPPED)
+    return path if path.exists() else None
+
+
+def verify(path: Path) -> None:
+    """Checks a file against its description, without building anything of it.
+
+    Raises:
+        ClassifierError: No such file, another schema, or a digest that does not fit.
+    """
+    _read(path)
+
+
 def load(path: Path) -> Classifier:
     """Reads a classifier.
 
@@ -74,8 +93,7 @@ def load(path: Path) -> Classifier:
         ClassifierError: No such file, another schema, a digest that does not fit, a type that is
             not allowed, or numbers that the installed scikit-learn reads differently.
     """
-    from skops import io
-
+    io = _skops_io()
     data, description = _read(path)
     try:
         untrusted = io.get_untrusted_types(data=data)
@@ -102,6 +120,22 @@ def load(path: Path) -> Classifier:
             f"otherwise with the installed one; {REBUILD}"
         )
     return classifier
+
+
+def _skops_io() -> Any:
+    """Imports skops, but not all that it leads to.
+
+    It has scikit-learn list its estimators, and so import its wrappers of torch and Dask, and torch
+    and Dask: half of the time, for nothing that is needed here.
+    """
+    wrappers = [f"sklearn.externals.array_api_compat.{name}" for name in ("torch", "dask")]
+    held = [name for name in wrappers if name not in sys.modules]
+    sys.modules.update({name: ModuleType(name) for name in held})
+    try:
+        return importlib.import_module("skops.io")
+    finally:
+        for name in held:
+            del sys.modules[name]
 
 
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:

@@ -10,25 +10,27 @@ import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from diagnoser.classifier import Classifier, say, vectors
-from diagnoser.errors import RuleError
-from diagnoser.features import CATALOGUE, feature_tables
-from diagnoser.rules import Rule, evaluate, load_rules, shipped_rules_directory
+from diagnoser.diagnosis.merging import Claim, is_grave, ranked, votes_of
+from diagnoser.features import feature_tables
+from diagnoser.rules import (
+    Judgement,
+    Precision,
+    Rule,
+    evaluate,
+    precision_of,
+)
 from diagnoser.runlog import Recording
+from diagnoser.table import Scope, Table
 from diagnoser.types import Cause, Cost, Diagnosis, Finding, RankedCause, Unknown, Where
 from diagnoser.vocabulary import MODEL, severity_rank
 
 ENOUGH_STEPS: Final = 20
 ENOUGH_MEASUREMENTS: Final = 3
-DEFAULT_FAMILY: Final = "diagnoser"
-CLASSIFIER: Final = "classifier"  # the source of its finding
-FAMILIES: Final = (DEFAULT_FAMILY, "autotrainer")
-_WEIGHT: Final = {"low": 0.5, "medium": 2.0, "high": 4.0, "critical": 8.0}
 _OF_ATTENTION: Final = ("attention_", "initial_attention_", "empty_rows")
 _PLACE_OF: Final = {  # which recorded place of the program a cause points at
     "learning_rate_too_high": "optimizer",
@@ -40,51 +42,52 @@ _PLACE_OF: Final = {  # which recorded place of the program a cause points at
 }
 
 
-def default_rules(directory: Path | None = None) -> tuple[Rule, ...]:
-    """Loads the rules of a directory, or the shipped ones.
-
-    Raises:
-        RuleError: A rule cannot be used; the text names file, line and column.
-    """
-    if directory is None:
-        directory = shipped_rules_directory(DEFAULT_FAMILY)
-    elif str(directory) in FAMILIES:  # a directory of that name is meant by ./name
-        directory = shipped_rules_directory(str(directory))
-    elif not directory.is_dir():
-        shipped = ", ".join(FAMILIES)
-        raise RuleError(f"{directory}: no directory of rule files; shipped families: {shipped}")
-    return load_rules(directory, CATALOGUE)
-
-
 def diagnose(
-    recording: Recording, rules: Sequence[Rule], classifier: Classifier | None = None
+    recording: Recording,
+    rules: Sequence[Rule],
+    classifier: Classifier | None = None,
+    precision: Mapping[str, Precision] | None = None,
 ) -> Diagnosis:
     """Judges a recording by rules, and by a classifier if there is one.
 
     Symptoms that a firing rule says it explains are put under its cause when they lie in the same
-    component, in a part of it, or anywhere if the cause is the whole model's. Causes are ordered by
-    the severity of the findings that name them and how high they rank there, then by time. The
-    classifier's finding is one of severity medium; it votes for its causes by their probabilities.
+    component, in a part of it, or anywhere if the cause is the whole model's. `merging` orders the
+    causes. The classifier's finding is one of severity medium; where it knows no such runs, it has
+    no say.
+
+    Args:
+        recording: The run.
+        rules: What is looked for.
+        classifier: What has learned from other runs; None: rules alone.
+        precision: How often the rules were right, by id; what ships if left out.
     """
+    measured = precision_of(rules) if precision is None else precision
     tables = feature_tables(recording)
     judgement = evaluate(rules, tables)
-    found = _whole_layers(judgement.findings, recording)
+    explained = _by_rules(judgement, recording, rules)
+    votes = votes_of(_claims(explained), measured)
     unknown, checked = judgement.unknown, judgement.checked
+    prediction, adds = None, False
     if classifier is not None:
-        said = say(classifier, vectors(tables), tuple(tables["run"].steps.tolist()))
-        found += [said.finding] if said.finding is not None else []
+        steps = tuple(tables["run"].steps.tolist())
+        said = say(classifier, vectors(tables), steps)
         unknown += (said.unknown,) if said.unknown is not None else ()
         checked += (said.checked,) if said.checked is not None else ()
-    explained = _explain(found, {rule.id: rule for rule in rules})
-    causes = _ranked(explained)
-    position = {(cause.cause, cause.component): i for i, cause in enumerate(causes)}
+        if said.finding is not None:
+            adds, place = True, (said.finding.causes[0].cause, said.finding.component)
+            explained.append(_Explained(said.finding, place))
+        if said.unknown is None and any(is_grave(item.finding.severity) for item in explained):
+            prediction = said.prediction
+    since = int(tables["run"].steps[-1]) if len(tables["run"].steps) else 0
+    causes = ranked(votes, prediction, since, adds=adds)
+    position = {key: i for i, key in enumerate(causes)}
     findings = tuple(
-        _placed(item.finding, recording)
+        _placed(_measured(item.finding, measured), recording)
         for item in sorted(
             explained,
             key=lambda item: (
                 -severity_rank(item.finding.severity),
-                position[item.cause],
+                position.get(item.cause, len(position)),
                 item.is_symptom,
                 item.finding.since_step,
                 item.finding.source,
@@ -100,11 +103,45 @@ def diagnose(
         verdict=verdict,
         reason=reason,
         exit_code=ending.exit_code if ending else None,
-        causes=causes,
+        causes=tuple(RankedCause(cause, component) for cause, component in causes),
         findings=findings,
         unknown=tuple(_worth_saying(unknown, recording)),
         checked=checked,
         cost=_cost(recording),
+    )
+
+
+def claims(
+    tables: Mapping[Scope, Table], recording: Recording, rules: Sequence[Rule]
+) -> tuple[Claim, ...]:
+    """Returns what the rules alone claim of a run, for whoever merges it with something else.
+
+    Args:
+        tables: The run's feature tables.
+        recording: The run they were made of.
+        rules: What is looked for.
+    """
+    return _claims(_by_rules(evaluate(rules, tables), recording, rules))
+
+
+def _by_rules(
+    judgement: Judgement, recording: Recording, rules: Sequence[Rule]
+) -> list[_Explained]:
+    found = _whole_layers(judgement.findings, recording)
+    return _explain(found, {rule.id: rule for rule in rules})
+
+
+def _claims(explained: Sequence[_Explained]) -> tuple[Claim, ...]:
+    return tuple(
+        Claim(
+            rule=rule_of(item.finding),
+            severity=item.finding.severity,
+            component=item.finding.component,
+            since_step=item.finding.since_step,
+            causes=tuple(cause.cause for cause in item.finding.causes),
+            under=item.cause if item.is_symptom else None,
+        )
+        for item in explained
     )
 
 
@@ -162,10 +199,9 @@ def _renamed(message: str, component: str, layer: str) -> str:
     )
 
 
-def _explains(finding: Finding, rules: Mapping[str, Rule]) -> tuple[str, ...]:
-    """The faults that a finding accounts for; the classifier's accounts for no other."""
-    rule = rules.get(finding.source.partition(":")[2])
-    return rule.explains if rule is not None else ()
+def rule_of(finding: Finding) -> str:
+    """Returns the id of the rule that a finding comes from."""
+    return finding.source.partition(":")[2]
 
 
 def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Explained]:
@@ -177,7 +213,7 @@ def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Ex
     does, then the earliest.
     """
     by_gravity = sorted(
-        (f for f in findings if _explains(f, rules)),
+        (f for f in findings if rules[rule_of(f)].explains),
         key=lambda f: (-severity_rank(f.severity), f.since_step, f.source, f.component),
     )
     symptoms: dict[int, Finding] = {}
@@ -185,7 +221,7 @@ def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Ex
     for cause in by_gravity:
         if id(cause) in symptoms:
             continue
-        faults = _explains(cause, rules)
+        faults = rules[rule_of(cause)].explains
         own = [
             symptom
             for symptom in findings
@@ -227,34 +263,22 @@ def _inside(name: str, prefix: str) -> bool:
     return name.startswith((f"{prefix}.", f"{prefix}["))
 
 
-def _ranked(explained: Sequence[_Explained]) -> tuple[RankedCause, ...]:
-    """Orders causes by the strongest evidence for each.
-
-    A finding weighs its severity, divided by the rank it gives the cause. The strongest one counts
-    whole, the others only break ties: many symptoms of one kind must not outvote one plain defect.
-    A symptom speaks for the cause that explains it, not for its own guesses.
-    """
-    weights: dict[tuple[str, str], list[float]] = {}
-    since: dict[tuple[str, str], int] = {}
-    for item in explained:
-        finding, weight = item.finding, _WEIGHT[item.finding.severity]
-        votes = [(item.cause, weight if not item.is_symptom else 0.5)]
-        if finding.source == CLASSIFIER and not item.is_symptom:
-            votes = [
-                ((cause.cause, finding.component), weight * (cause.probability or 0.0))
-                for cause in finding.causes
-            ]
-        elif not item.is_symptom:
-            votes += [
-                ((cause.cause, finding.component), weight / rank)
-                for rank, cause in enumerate(finding.causes[1:], start=2)
-            ]
-        for key, vote in votes:
-            weights.setdefault(key, []).append(vote)
-            since[key] = min(since.get(key, finding.since_step), finding.since_step)
-    strength = {key: max(votes) + 0.01 * min(sum(votes), 10.0) for key, votes in weights.items()}
-    ordered = sorted(strength, key=lambda key: (-round(strength[key], 9), since[key], key))
-    return tuple(RankedCause(cause, component) for cause, component in ordered)
+def _measured(finding: Finding, measured: Mapping[str, Precision]) -> Finding:
+    """Adds how often the rule was right, and right about each cause, where it was counted."""
+    known = measured.get(rule_of(finding))
+    if known is None or not known.n:
+        return finding
+    return dataclasses.replace(
+        finding,
+        probability=known.faulty / known.n,
+        n=known.n,
+        causes=tuple(
+            dataclasses.replace(c, probability=known.causes[c.cause] / known.n)
+            if c.cause in known.causes
+            else c
+            for c in finding.causes
+        ),
+    )
 
 
 def _placed(finding: Finding, recording: Recording) -> Finding:
@@ -288,7 +312,7 @@ def _cost(recording: Recording) -> Cost:
 
 
 def _verdict(findings: Sequence[Finding], recording: Recording) -> tuple[str, str]:
-    if findings and severity_rank(findings[0].severity) >= severity_rank("medium"):
+    if findings and is_grave(findings[0].severity):
         worst = findings[0]
         return "faulty", f"{worst.fault} in {worst.component} since step {worst.since_step}"
     steps, samples = len(recording.losses.step), len(recording.measured.step)

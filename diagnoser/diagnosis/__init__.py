@@ -1,0 +1,34 @@
+"""From a recording, rules and a classifier to one diagnosis."""
+
+from diagnoser.diagnosis.defaults import (
+    DEFAULT_FAMILY,
+    FAMILIES,
+    chosen,
+    default_rules,
+    judges,
+)
+from diagnoser.diagnosis.diagnosing import claims, diagnose
+from diagnoser.diagnosis.merging import (
+    Claim,
+    is_grave,
+    places_in_order,
+    ranked,
+    suspicion,
+    votes_of,
+)
+
+__all__ = [
+    "DEFAULT_FAMILY",
+    "FAMILIES",
+    "Claim",
+    "chosen",
+    "claims",
+    "default_rules",
+    "diagnose",
+    "is_grave",
+    "judges",
+    "places_in_order",
+    "ranked",
+    "suspicion",
+    "votes_of",
+]
