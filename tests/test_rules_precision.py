@@ -9,7 +9,8 @@ import pytest
 
 from diagnoser.diagnosis import default_rules
 from diagnoser.errors import RuleError
-from diagnoser.rules import Precision, precision_of, save_precision
+from diagnoser.rules import Precision, precision, precision_of, save_precision
+from diagnoser.rules.ranges import Range, Ranges
 
 RULES = default_rules()
 SPIKE = RULES[0]
@@ -52,6 +53,14 @@ def test_a_damaged_table_is_named_with_what_makes_it_anew(table, spoil, says):
     with pytest.raises(RuleError, match="benchmarks.teach") as refused:
         precision_of(RULES, table)
     assert str(table) in str(refused.value) and says in str(refused.value)
+
+
+def test_other_healthy_ranges_make_a_count_void(table, monkeypatch):
+    (asks,) = [rule for rule in RULES if rule.id == "concave-region"]
+    save_precision(table, [asks, SPIKE], {asks.id: COUNTED, SPIKE.id: COUNTED}, runs=100)
+    learned = {"negative_curvature_ratio": {"component.query": Range(9, (0, 0, 0), (2, 2, 2))}}
+    monkeypatch.setattr(precision, "shipped_ranges", lambda: Ranges(runs=9, features=learned))
+    assert set(precision_of([asks, SPIKE], table)) == {SPIKE.id}
 
 
 def test_every_count_that_ships_is_of_a_rule_that_ships():

@@ -42,6 +42,7 @@ from diagnoser.classifier import Vectors, vectors
 from diagnoser.diagnosis import Claim, claims, default_rules
 from diagnoser.features import feature_tables
 from diagnoser.injection import places
+from diagnoser.rules.ranges import FILE as RANGES_FILE
 from diagnoser.runlog import LOG_FILE, Recording, read_run
 
 PREFIXES: Final = (0.10, 0.25, 0.50, 1.00)
@@ -218,11 +219,13 @@ def opinions(recording: Recording) -> dict[str, Opinion]:
 
 
 def digest_of_code() -> str:
-    """Returns a digest of the code, without docstrings, and of the rules that features rest on."""
+    """Returns a digest of what looks rest on: code without docstrings, rules, healthy ranges."""
     root = Path(diagnoser.__file__).parent
     paths = [p for name in CODE for p in sorted((root / name).rglob("*.py")) or [root / name]]
     parts = [code_digest(path.read_text("utf-8")) for path in paths]
-    parts += [rule.path.read_text("utf-8") for rule in default_rules()]
+    rules = default_rules()
+    parts += [rule.path.read_text("utf-8") for rule in rules]
+    parts += [(rules[0].path.parents[1] / RANGES_FILE).read_text("utf-8")]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 

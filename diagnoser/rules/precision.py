@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from diagnoser.errors import RuleError
 from diagnoser.rules.loading import shipped_rules_directory
+from diagnoser.rules.ranges import shipped_ranges
 from diagnoser.rules.rule import Rule
 
 SCHEMA: Final = "diagnoser.precision/1"
@@ -36,9 +37,16 @@ class Precision:
 
 
 def rule_digest(rule: Rule) -> str:
-    """Returns a digest of what decides whether a rule fires and what it then says is wrong."""
+    """Returns a digest of what decides whether a rule fires and what it then says is wrong.
+
+    The shipped healthy ranges that it asks for are part of that.
+    """
+    known = shipped_ranges().features
+    features = sorted({end.name.rpartition(".")[2] for end in rule.ranges})
+    ranges = [(name, repr(sorted(known.get(name, {}).items()))) for name in features]
     stages = [(stage.on, stage.when.text) for stage in rule.stages]
-    parts = (rule.id, rule.scope, stages, rule.hold, rule.within, rule.ends_run, rule.causes)
+    of_rule = (rule.id, rule.scope, rule.hold, rule.within, rule.ends_run, rule.causes)
+    parts = (of_rule, stages, ranges)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
