@@ -32,7 +32,7 @@ from diagnoser.errors import BenchmarkError
 SCHEMA_VERSION: Final = "1"
 FOLDERS: Final[Mapping[str, str]] = {"truth": "truth", "watched": "runs", "budget": "budget"}
 # What may come out otherwise at another time; a run that failed by itself fails again.
-ANOTHER_TIME: Final = frozenset({"killed", "refused"})
+ANOTHER_TIME: Final = frozenset({"killed", "late", "refused"})
 LOG: Final = "log"  # of a row on its way: the run log, gzip in base64
 
 SCHEMA: Final = pa.schema(
