@@ -40,7 +40,6 @@ class Example:
     faults: tuple[str, ...]
     components: tuple[str, ...]
     group: str
-    weight: float = 1.0
     alarmed: bool = False
 
 
@@ -79,15 +78,14 @@ def fit(
         ]
     )
     faulty = np.array([example.faulty for example in examples])
-    weight = np.array([example.weight for example in examples])
-    verdict, held_out = _calibrated(rows, faulty, groups, weight)
+    verdict, held_out = _calibrated(rows, faulty, groups)
     return Classifier(
         run_columns=columns,
         reference=reference,
         middle=_nan_median(rows[~faulty]),
         range=np.stack([_reduce(rows, np.min), _reduce(rows, np.max)]),
         verdict=verdict,
-        causes=_fit_causes(examples, rows, groups, weight),
+        causes=_fit_causes(examples, rows, groups),
         location=_fit_location(examples, excess, groups),
         fault_of=_faults(examples),
         threshold=_threshold(
@@ -144,9 +142,7 @@ def _folds(groups: NDArray[Any], truth: NDArray[Any]) -> list[tuple[Any, Any]]:
     return list(splitter.split(truth[:, None], truth, groups))
 
 
-def _calibrated(
-    rows: Array, truth: NDArray[np.bool_], groups: NDArray[Any], weight: Array
-) -> tuple[Judge, Array]:
+def _calibrated(rows: Array, truth: NDArray[np.bool_], groups: NDArray[Any]) -> tuple[Judge, Array]:
     """Fits an estimator on all rows, and a sigmoid on what it says of held-out groups.
 
     Returns:
@@ -156,23 +152,21 @@ def _calibrated(
 
     score = np.full(len(rows), np.nan)
     for learn, test in _folds(groups, truth):
-        estimator, columns = _fitted(rows[learn], truth[learn], weight[learn])
+        estimator, columns = _fitted(rows[learn], truth[learn])
         score[test] = estimator.decision_function(rows[test][:, columns])
-    sigmoid = LogisticRegression(C=1.0).fit(score[:, None], truth, sample_weight=weight)
-    estimator, columns = _fitted(rows, truth, weight)
+    sigmoid = LogisticRegression(C=1.0).fit(score[:, None], truth)
+    estimator, columns = _fitted(rows, truth)
     judge = Judge(estimator, columns, float(sigmoid.coef_[0, 0]), float(sigmoid.intercept_[0]))
     return judge, np.asarray(sigmoid.predict_proba(score[:, None])[:, 1])
 
 
-def _fitted(rows: Array, truth: NDArray[np.bool_], weight: Array) -> tuple[Any, NDArray[np.int64]]:
+def _fitted(rows: Array, truth: NDArray[np.bool_]) -> tuple[Any, NDArray[np.int64]]:
     """Fits on the columns that are known of at least two rows."""
     columns = np.flatnonzero((~np.isnan(rows)).sum(axis=0) >= 2)
-    return _estimator().fit(rows[:, columns], truth, sample_weight=weight), columns
+    return _estimator().fit(rows[:, columns], truth), columns
 
 
-def _fit_causes(
-    examples: Sequence[Example], rows: Array, groups: NDArray[Any], weight: Array
-) -> dict[str, Judge]:
+def _fit_causes(examples: Sequence[Example], rows: Array, groups: NDArray[Any]) -> dict[str, Judge]:
     """One estimator a cause, among faulty runs: several can hold at once."""
     faulty = np.array([example.faulty for example in examples])
     found = sorted({cause for example in examples for cause in example.causes})
@@ -182,9 +176,7 @@ def _fit_causes(
         if truth[faulty].all():
             raise ClassifierError(f"all faulty runs have {cause}: there is no cause to tell apart")
         if truth.sum() >= FEWEST_OF_A_CAUSE and len(set(groups[truth].tolist())) > 1:
-            fitted[cause], _ = _calibrated(
-                rows[faulty], truth[faulty], groups[faulty], weight[faulty]
-            )
+            fitted[cause], _ = _calibrated(rows[faulty], truth[faulty], groups[faulty])
     return fitted
 
 
@@ -201,7 +193,7 @@ def _fit_location(
     examples: Sequence[Example], excess: Sequence[Array], groups: NDArray[Any]
 ) -> Judge:
     """One estimator over components: is it one of those to blame?"""
-    rows, truth, group, weight = [], [], [], []
+    rows, truth, group = [], [], []
     for example, beyond, key in zip(examples, excess, groups, strict=True):
         if example.faulty and not example.components:
             continue  # the whole model's: no component is to blame, and none is acquitted
@@ -209,11 +201,9 @@ def _fit_location(
         right = [to_blame(name, example.components) for name in example.vectors.names]
         truth += right
         group += [key] * len(right)
-        weight += [example.weight / max(len(right), 1)] * len(right)
     if not any(truth):
         raise ClassifierError("no faulty run says which component is to blame: none can be found")
-    scaled = np.array(weight) / np.mean(weight)
-    judge, _ = _calibrated(np.concatenate(rows), np.array(truth), np.array(group), scaled)
+    judge, _ = _calibrated(np.concatenate(rows), np.array(truth), np.array(group))
     return judge
 
 
