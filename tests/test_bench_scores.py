@@ -13,7 +13,8 @@ from test_bench_scoring import CLEAN, FROZEN, HOT
 from diagnoser.benchmark import commands
 from diagnoser.benchmark.baselines import Opinion
 from diagnoser.benchmark.dataset import Look, Seen
-from diagnoser.benchmark.evaluate import FAMILIES, learn
+from diagnoser.benchmark.evaluate import learn
+from diagnoser.benchmark.families import FAMILIES
 from diagnoser.benchmark.scores import read_scores
 from diagnoser.classifier import Vectors
 from diagnoser.cli import main

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score, roc_auc_score
 
 from diagnoser.benchmark.dataset import Look, Seen, Truth
-from diagnoser.benchmark.evaluate import family_of
+from diagnoser.benchmark.families import family_of
 from diagnoser.benchmark.judges import by_rules, is_judged, precisions
 from diagnoser.benchmark.scoring import (
     STATISTICS,

@@ -14,6 +14,12 @@ from joblib import Parallel, delayed
 from diagnoser.benchmark.baselines import DeepFD, fit_deepfd
 from diagnoser.benchmark.configuration import Catalogue
 from diagnoser.benchmark.dataset import Seen, digest_of_code, features, truths
+from diagnoser.benchmark.families import (
+    FAMILIES,
+    columns_of_components,
+    columns_of_runs,
+    family_of,
+)
 from diagnoser.benchmark.harm import Harm
 from diagnoser.benchmark.jobs import Mode
 from diagnoser.benchmark.judges import (
@@ -35,13 +41,6 @@ from diagnoser.errors import BenchmarkError
 from diagnoser.rules import Precision
 
 OPINIONS: Final = ("loss", "autotrainer", "gradient norm", "update ratio", "entropy")
-FAMILIES: Final = ("L", "G", "A", "H")  # loss, gradients and program, attention and inputs, Hessian
-OF_LOSS: Final = ("loss_", "non_finite_loss", "accuracy")
-OF_FORWARD: Final = ("attention_", "initial_attention_", "entropy_", "empty_rows", "input_")
-OF_CURVATURE: Final = (
-    *("update_curvature", "component_curvature", "curvature_part", "overshoot", "step_"),
-    *("model_step_", "negative_curvature", "trace_", "coupling_", "gradient_curvature"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +50,6 @@ class Learned:
     classifier: Classifier
     deepfd: DeepFD
     precision: Mapping[str, Precision]
-
-
-def family_of(column: str) -> str:
-    """Returns the family of features that a column of `Vectors` belongs to.
-
-    >>> family_of("component.step_sharpness.highest"), family_of("loss_fall.latest")
-    ('H', 'L')
-    """
-    name = column.removeprefix("component.").removeprefix("pair.").removeprefix("excess.")
-    if name.startswith(OF_LOSS):
-        return "L"
-    if name.startswith(OF_CURVATURE):
-        return "H"
-    return "A" if name.startswith(OF_FORWARD) else "G"
 
 
 def read(
@@ -98,14 +83,8 @@ def learn(seen: Sequence[Seen], families: Iterable[str] = FAMILIES) -> Learned:
     Raises:
         BenchmarkError, ClassifierError: Too few of them.
     """
+    classifier = learn_classifier(seen, families)
     chosen = [run for run in seen if is_judged(run)]
-    if not chosen:
-        raise BenchmarkError("no run is known to be faulty or healthy: is `bench truth` finished?")
-    wanted = set(families)
-    run_columns = _columns((run.look.vectors.run for run in chosen), wanted)
-    component_columns = _columns((run.look.vectors.components for run in chosen), wanted)
-    about = {"families": sorted(wanted), "runs": len(chosen)}
-    classifier = fit([example(run) for run in chosen], run_columns, component_columns, about)
     watched = [run for run in chosen if run.look.mode == "watched"]
     precision = precisions(watched, {rule.id: rule.causes for rule in default_rules()})
     labels = [run.truth.causes if run.truth.is_faulty else () for run in chosen]
@@ -113,9 +92,22 @@ def learn(seen: Sequence[Seen], families: Iterable[str] = FAMILIES) -> Learned:
     return Learned(classifier, deepfd, precision)
 
 
-def _columns(rows: Iterable[Mapping[str, object]], families: set[str]) -> tuple[str, ...]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return tuple(name for name in sorted(names) if family_of(name) in families)
+def learn_classifier(seen: Sequence[Seen], families: Iterable[str] = FAMILIES) -> Classifier:
+    """Learns the classifier alone, from columns of some families.
+
+    Raises:
+        BenchmarkError, ClassifierError: Too few runs that are known to be faulty or healthy.
+    """
+    chosen = [run for run in seen if is_judged(run)]
+    if not chosen:
+        raise BenchmarkError("no run is known to be faulty or healthy: is `bench truth` finished?")
+    wanted = set(families)
+    return fit(
+        [example(run) for run in chosen],
+        [name for name in columns_of_runs(chosen) if family_of(name) in wanted],
+        [name for name in columns_of_components(chosen) if family_of(name) in wanted],
+        {"families": sorted(wanted), "runs": len(chosen)},
+    )
 
 
 def judges(learned: Learned) -> dict[str, Callable[[Seen], Verdict]]:

@@ -127,6 +127,17 @@ def difference(name: str, ours: Sequence[Verdict], theirs: Sequence[Verdict]) ->
     return _bootstrapped(name, [ours[i] for i in chosen], np.hstack(both), gap)
 
 
+def auroc(truths: Sequence[Truth], scores: Sequence[float], *, level: float) -> Figure | None:
+    """Returns the AUROC of scores over all runs given; None without runs of both kinds."""
+    numbers = np.array([(s, t.is_faulty) for t, s in zip(truths, scores, strict=True)], dtype=float)
+    numbers = numbers.reshape(-1, 2)
+    value = _auroc(numbers)
+    if math.isnan(value):
+        return None
+    low, high = cluster_bootstrap(numbers, [_cluster_of(t) for t in truths], _auroc, level=level)
+    return Figure("auroc", value, low, high, len(numbers))
+
+
 def category_of(causes: Iterable[str]) -> str:
     """Returns the category of the first cause; `UNNAMED` where there is none."""
     return next((CAUSE_CATEGORY[cause] for cause in causes), UNNAMED)
@@ -244,4 +255,8 @@ def _rate(name: str, hits: Sequence[bool]) -> Figure | None:
 
 
 def _cluster(verdict: Verdict) -> tuple[str, str, tuple[str, ...]]:
-    return verdict.truth.subject, verdict.truth.recipe, verdict.truth.operators
+    return _cluster_of(verdict.truth)
+
+
+def _cluster_of(truth: Truth) -> tuple[str, str, tuple[str, ...]]:
+    return truth.subject, truth.recipe, truth.operators

@@ -1,0 +1,119 @@
+"""Families of features, and runs in which some of them are nothing but noise."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Final, TypeVar
+
+import numpy as np
+
+from diagnoser.benchmark.dataset import Seen
+from diagnoser.classifier import Vectors
+
+T = TypeVar("T")
+
+FAMILIES: Final = ("L", "G", "A", "H")  # loss, gradients and program, attention and inputs, Hessian
+OF_LOSS: Final = ("loss_", "non_finite_loss", "accuracy")
+OF_FORWARD: Final = ("attention_", "initial_attention_", "entropy_", "empty_rows", "input_")
+OF_CURVATURE: Final = (
+    *("update_curvature", "component_curvature", "curvature_part", "overshoot", "step_"),
+    *("model_step_", "negative_curvature", "trace_", "coupling_", "gradient_curvature"),
+)
+
+
+def family_of(column: str) -> str:
+    """Returns the family of features that a column of `Vectors` belongs to.
+
+    >>> family_of("component.step_sharpness.highest"), family_of("loss_fall.latest")
+    ('H', 'L')
+    """
+    name = column.removeprefix("component.").removeprefix("pair.").removeprefix("excess.")
+    if name.startswith(OF_LOSS):
+        return "L"
+    if name.startswith(OF_CURVATURE):
+        return "H"
+    return "A" if name.startswith(OF_FORWARD) else "G"
+
+
+def columns_of_runs(seen: Iterable[Seen]) -> tuple[str, ...]:
+    """Returns the columns that any run has, in order."""
+    return tuple(sorted({name for run in seen for name in run.look.vectors.run}))
+
+
+def columns_of_components(seen: Iterable[Seen]) -> tuple[str, ...]:
+    """Returns the columns that components of any run have, in order."""
+    return tuple(sorted({name for run in seen for name in run.look.vectors.components}))
+
+
+def with_noise(
+    seen: Sequence[Seen],
+    families: Collection[str],
+    run_columns: Iterable[str],
+    component_columns: Iterable[str],
+    seed: int = 0,
+) -> list[Seen]:
+    """Returns runs in which every column of another family is standard normal noise.
+
+    So a configuration of families has as many columns to draw splits from as any other. Noise has
+    no gaps: that something was not measured is a part of what is left out.
+
+    Args:
+        seen: Runs.
+        families: Those that stay as they are.
+        run_columns: All columns of runs.
+        component_columns: All columns of components.
+        seed: Of the noise, which is another one for each run and prefix.
+    """
+    run_noise = [name for name in run_columns if family_of(name) not in families]
+    component_noise = [name for name in component_columns if family_of(name) not in families]
+    found = []
+    for run in seen:
+        look = run.look
+        which = (seed, run.truth.hash, look.mode, look.seed, look.prefix)
+        rng = np.random.default_rng(_number(which))
+        of = look.vectors
+        drawn = dict(zip(run_noise, rng.standard_normal(len(run_noise)).tolist(), strict=True))
+        parts = rng.standard_normal((len(component_noise), len(of.names)))
+        vectors = Vectors(
+            {**of.run, **drawn},
+            {**of.components, **dict(zip(component_noise, parts, strict=True))},
+            of.names,
+            of.kinds,
+        )
+        found.append(replace(run, look=replace(look, vectors=vectors)))
+    return found
+
+
+def permuted(seen: Sequence[Seen], families: Collection[str], seed: int = 0) -> list[Seen]:
+    """Returns runs that have the columns of some families from another run of their subject.
+
+    Numbers of components are drawn from the other run's components, so that none is left without.
+    """
+    rng = np.random.default_rng(seed)
+    groups: dict[tuple[str, str, float], list[int]] = {}
+    for i, run in enumerate(seen):
+        groups.setdefault((run.truth.subject, run.look.mode, run.look.prefix), []).append(i)
+    found = list(seen)
+    for members in groups.values():
+        for i, j in zip(members, rng.permutation(members).tolist(), strict=True):
+            own, other = seen[i].look.vectors, seen[j].look.vectors
+            rows = rng.integers(max(len(other.names), 1), size=len(own.names))
+            numbers = _others(own.run, families)
+            numbers.update((n, v) for n, v in other.run.items() if family_of(n) in families)
+            parts = _others(own.components, families)
+            if len(other.names):
+                taken = ((n, v) for n, v in other.components.items() if family_of(n) in families)
+                parts.update((n, v[rows]) for n, v in taken)
+            vectors = Vectors(numbers, parts, own.names, own.kinds)
+            found[i] = replace(seen[i], look=replace(seen[i].look, vectors=vectors))
+    return found
+
+
+def _others(columns: Mapping[str, T], families: Collection[str]) -> dict[str, T]:
+    return {name: value for name, value in columns.items() if family_of(name) not in families}
+
+
+def _number(which: object) -> int:
+    return int.from_bytes(hashlib.sha256(repr(which).encode()).digest()[:8], "big")

@@ -1,0 +1,109 @@
+"""Who is learned from and who is scored, so that nothing that is scored was learned from.
+
+Every split keeps all runs of a configuration on one side. Healthy runs are scored once over all
+parts of a split: they are dealt out by the hash of their configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from diagnoser.benchmark.dataset import Seen
+from diagnoser.benchmark.judges import is_judged
+from diagnoser.vocabulary import CAUSE_CATEGORY
+
+FOLDS: Final = 4  # of operators that are never learned from
+SEVERITIES: Final = ("low", "mid", "high", "extreme")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """One part of a split: what is learned from, and what is scored."""
+
+    name: str
+    learned: tuple[Seen, ...]
+    scored: tuple[Seen, ...]
+
+
+def operators_left_out(seen: Sequence[Seen], track: str) -> Iterator[Split]:
+    """Yields parts in each of which some operators are never learned from.
+
+    Operators are dealt out in the order of their category, so that each part holds some of as many
+    categories as there are. Learned from are the training subjects without them; scored are those
+    of another track, too: neither the mistake nor the model was ever seen.
+    """
+    category = {
+        name: CAUSE_CATEGORY[run.truth.causes[0]]
+        for run in seen
+        if run.truth.causes
+        for name in run.truth.operators
+    }
+    ordered = sorted(category, key=lambda name: (category[name], name))
+    for fold in range(min(FOLDS, len(ordered))):
+        unseen = frozenset(ordered[fold::FOLDS])
+        yield Split(
+            f"operators {fold + 1}",
+            tuple(
+                run
+                for run in seen
+                if run.truth.track == "train" and not unseen & set(run.truth.operators)
+            ),
+            tuple(_scored(seen, track, fold, FOLDS, unseen, SEVERITIES)),
+        )
+
+
+def severities_left_out(seen: Sequence[Seen], track: str) -> Iterator[Split]:
+    """Yields parts in each of which one severity of every graded operator is never learned from.
+
+    Graded are those that the training subjects have at three severities or more.
+    """
+    graded: dict[str, set[str]] = {}
+    for run in seen:
+        if run.truth.track == "train" and len(run.truth.operators) == 1:
+            graded.setdefault(run.truth.operators[0], set()).add(run.truth.severity)
+    names = frozenset(name for name, severities in graded.items() if len(severities) >= 3)
+    levels = [level for level in SEVERITIES if any(level in graded[name] for name in names)]
+    for part, level in enumerate(levels):
+        yield Split(
+            f"severity {level}",
+            tuple(
+                run
+                for run in seen
+                if run.truth.track == "train"
+                and not (run.truth.severity == level and names & set(run.truth.operators))
+            ),
+            tuple(_scored(seen, track, part, len(levels), names, (level,))),
+        )
+
+
+def subjects_left_out(seen: Sequence[Seen]) -> Iterator[Split]:
+    """Yields a part for each training subject: learned from are the others."""
+    train = [run for run in seen if run.truth.track == "train"]
+    for subject in dict.fromkeys(run.truth.subject for run in train):
+        yield Split(
+            f"subject {subject}",
+            tuple(run for run in train if run.truth.subject != subject),
+            tuple(run for run in train if run.truth.subject == subject),
+        )
+
+
+def _scored(
+    seen: Iterable[Seen],
+    track: str,
+    part: int,
+    parts: int,
+    operators: frozenset[str],
+    severities: Collection[str],
+) -> Iterator[Seen]:
+    for run in seen:
+        truth = run.truth
+        if truth.track != track or not is_judged(run):
+            continue
+        if truth.is_faulty:
+            own = len(truth.operators) == 1 and truth.operators[0] in operators
+            if own and truth.severity in severities:
+                yield run
+        elif int(truth.hash, 16) % parts == part:
+            yield run
