@@ -57,6 +57,24 @@ def cluster_bootstrap(
     Raises:
         BenchmarkError: No runs, or a statistic that is NaN in more than half of the draws.
     """
+    known = cluster_draws(values, clusters, statistic, draws=draws, seed=seed)
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def cluster_draws(
+    values: NDArray[np.float64],
+    clusters: Sequence[object],
+    statistic: Callable[[NDArray[np.float64]], float],
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """Returns the statistic of each draw of `cluster_bootstrap`, (draws,) less those with NaN.
+
+    Raises:
+        BenchmarkError: As there.
+    """
     if len(values) == 0 or len(values) != len(clusters):
         raise BenchmarkError(f"{len(values)} values of {len(clusters)} runs have no interval")
     members: dict[object, list[int]] = {}
@@ -70,8 +88,7 @@ def cluster_bootstrap(
             for chosen in generator.integers(len(groups), size=(draws, len(groups)))
         ]
     )
-    known = drawn[~np.isnan(drawn)]
+    known: NDArray[np.float64] = drawn[~np.isnan(drawn)]
     if 2 * len(known) < draws:
         raise BenchmarkError(f"a statistic is undefined in {draws - len(known)} of {draws} draws")
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return known

@@ -16,7 +16,7 @@ from diagnoser.table import Array
 
 LEVEL = 0.99  # of the intervals, which must hold a half
 DRAWS = 10  # of labels at random
-STUDENT = 3.2498  # half of the 99 % interval of their mean, in standard errors: 9 degrees of freedom
+STUDENT = 3.2498  # half a 99 % interval in standard errors, of 9 degrees of freedom
 
 
 def of_metadata(learned: Sequence[Seen], scored: Sequence[Seen]) -> Figure | None:

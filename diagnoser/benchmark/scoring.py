@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 
 from diagnoser.benchmark.dataset import Truth
-from diagnoser.benchmark.intervals import cluster_bootstrap, wilson
+from diagnoser.benchmark.intervals import cluster_bootstrap, cluster_draws, wilson
 from diagnoser.classifier import to_blame
 from diagnoser.errors import BenchmarkError
 from diagnoser.table import Array
@@ -46,13 +46,17 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A number with its 95 % interval and what it was counted on."""
+    """A number with its 95 % interval and what it was counted on.
+
+    Of a difference ``p`` is the share of the draws of its bootstrap in which it is not above zero.
+    """
 
     name: str
     value: float
     low: float
     high: float
     n: int
+    p: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,17 +128,34 @@ def difference(name: str, ours: Sequence[Verdict], theirs: Sequence[Verdict]) ->
     def gap(numbers: Array) -> float:
         return statistic.of(numbers[:, :width]) - statistic.of(numbers[:, width:])
 
-    return _bootstrapped(name, [ours[i] for i in chosen], np.hstack(both), gap)
+    return of_truths(name, [ours[i].truth for i in chosen], np.hstack(both), gap)
+
+
+def of_truths(
+    name: str, truths: Sequence[Truth], numbers: Array, of: Callable[[Array], float]
+) -> Figure:
+    """Returns any figure of runs, with its interval over configurations, and its ``p``.
+
+    Args:
+        name: What it is called.
+        truths: Of each run.
+        numbers: What the figure is computed from, (runs, any).
+        of: From numbers to the figure.
+    """
+    draws = cluster_draws(numbers, [_cluster_of(truth) for truth in truths], of)
+    low, high = np.quantile(draws, [0.025, 0.975]).tolist()
+    p = (1.0 + float((draws <= 0.0).sum())) / (1.0 + len(draws))
+    return Figure(name, of(numbers), low, high, len(numbers), p)
 
 
 def auroc(truths: Sequence[Truth], scores: Sequence[float], *, level: float) -> Figure | None:
     """Returns the AUROC of scores over all runs given; None without runs of both kinds."""
     numbers = np.array([(s, t.is_faulty) for t, s in zip(truths, scores, strict=True)], dtype=float)
     numbers = numbers.reshape(-1, 2)
-    value = _auroc(numbers)
+    value = area(numbers)
     if math.isnan(value):
         return None
-    low, high = cluster_bootstrap(numbers, [_cluster_of(t) for t in truths], _auroc, level=level)
+    low, high = cluster_bootstrap(numbers, [_cluster_of(t) for t in truths], area, level=level)
     return Figure("auroc", value, low, high, len(numbers))
 
 
@@ -143,7 +164,7 @@ def category_of(causes: Iterable[str]) -> str:
     return next((CAUSE_CATEGORY[cause] for cause in causes), UNNAMED)
 
 
-def _auroc(numbers: Array) -> float:
+def area(numbers: Array) -> float:
     """Returns the probability that a faulty run scores above a healthy one, ties count half.
 
     ``numbers`` are score and whether it is faulty. NaN without runs of both kinds, or with a score
@@ -215,7 +236,7 @@ STATISTICS: Final[Mapping[str, Statistic]] = {
     "auroc": Statistic(
         lambda v: v.truth.is_faulty or v.truth.control in HEALTHY,
         lambda vs: np.array([(v.score, v.truth.is_faulty) for v in vs], dtype=float).reshape(-1, 2),
-        _auroc,
+        area,
     ),
     "macro_f1": Statistic(
         lambda v: v.truth.is_faulty and bool(v.truth.causes), _categories, _macro_f1
