@@ -43,7 +43,7 @@ def contrasts(ours: ByPrefix, theirs: ByPrefix) -> dict[str, Contrast]:
     A figure that has no value is left out, and counts in no correction.
     """
     found: dict[str, Figure] = {}
-    for name in MARGINS:
+    for name in MARGINS if ours else ():
         whole = ours[1.0], theirs[1.0]
         figure = lead(ours, theirs) if name == "lead" else difference(name, *whole)
         if figure is not None:
