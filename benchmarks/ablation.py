@@ -62,14 +62,23 @@ from diagnoser.runlog import Recording
 
 RESULT: Final = Path(__file__).parent / "results" / "ablation.json"
 CONFIGURATIONS: Final = ("L", "LG", "LGA", "LGH", "LGAH", "H")
+IN_TURN: Final = "training subjects in turn"
 PRIMARY, SECONDARY = ("LGAH", "LGA"), ("LGH", "LG")
-# The claim's own rules: the column of a run, and from which value on it calls the run faulty.
-CLAIMS: Final = {
-    "a trace estimate is negative": ("component.trace_z.lowest", lambda z: float(z < 0.0)),
-    "a trace is negative by two errors": ("component.trace_z.lowest", lambda z: float(z < -2.0)),
-    "coupling over curvature": ("pair.coupling_to_curvature.highest", float),
-    "coupling along the step": ("pair.coupling_share.highest", float),
+# The claim's own rules: columns of a run, of which each has to be known, and what they come to.
+CLAIMS: Final[Mapping[str, tuple[tuple[str, ...], Callable[..., float]]]] = {
+    "a trace estimate is negative": (("component.trace_z.lowest",), lambda z: float(z < 0.0)),
+    "a trace is negative by two errors": (
+        ("component.trace_z.lowest",),
+        lambda z: float(z < -2.0),
+    ),
+    "coupling over curvature": (("pair.coupling_to_curvature.highest",), float),
+    "coupling along the step": (
+        ("pair.coupling_share.lowest", "pair.coupling_share.highest"),
+        lambda low, high: max(-low, high),
+    ),
 }
+# Of the operators for which a benefit was predicted as possible, neither side is asked.
+PREDICTED: Final = {"+": True, "0": False}
 RAW: Final = "largest coupling norm"
 TOP: Final = 3  # causes and components that are kept of a verdict
 
@@ -107,10 +116,9 @@ def main() -> None:
     track = "test" if arguments.open_test else "dev"
     store = Store(directory, lambda text: print(text, file=sys.stderr))
     code = digest_of_learning()
-    kept = Kept(directory / f"ablation-{track}-{code}")
-    if arguments.open_test and not kept.directory.exists():
+    if arguments.open_test and not list(directory.glob(f"ablation-test-{code}-*")):
         open_test(directory, code, arguments.open_test)
-    found = {"track": track, "code": code, **carry_out(store, track, kept)}
+    found = {"track": track, "code": code, **carry_out(store, track, code)}
     path = RESULT if arguments.open_test else directory / "ablation-dev.json"
     write_whole(path, (json.dumps(plain(found), indent=1) + "\n").encode())
     print(path)
@@ -125,7 +133,13 @@ def digest_of_learning() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def carry_out(store: Store, track: str, kept: Kept) -> dict[str, Any]:
+def digest_of(seen: Iterable[Seen]) -> str:
+    """Returns a digest of which runs there are, and of what is true of them."""
+    names = [repr((r.truth, r.look.mode, r.look.seed, r.look.prefix)) for r in seen]
+    return hashlib.sha256("".join(sorted(names)).encode()).hexdigest()[:8]
+
+
+def carry_out(store: Store, track: str, code: str) -> dict[str, Any]:
     """Carries out the plan: learned from the training subjects, scored on those of a track."""
     known, harms = catalogue(), store.read_harm()
     plan = make_plan(known, SIZE)
@@ -137,6 +151,7 @@ def carry_out(store: Store, track: str, kept: Kept) -> dict[str, Any]:
     train = [run for run in seen if run.truth.track == "train"]
     scored = [r for r in seen if r.truth.track == track and r.look.mode == "watched"]
     columns = columns_of_runs(train), columns_of_components(train)
+    kept = Kept(store.directory / f"ablation-{track}-{code}-{digest_of(seen)}")
 
     said = {
         families: kept.get(
@@ -150,7 +165,7 @@ def carry_out(store: Store, track: str, kept: Kept) -> dict[str, Any]:
     splits = {
         "operators never learned from": list(operators_left_out(seen, track)),
         "severities never learned from": list(severities_left_out(seen, track)),
-        "training subjects in turn": list(subjects_left_out(seen)),
+        IN_TURN: list(subjects_left_out(seen)),
     }
     return {
         "runs": counted(scored),
@@ -158,7 +173,7 @@ def carry_out(store: Store, track: str, kept: Kept) -> dict[str, Any]:
         "primary": contrasts(said["LGAH"], said["LGA"]),
         "secondary": contrasts(said["LGH"], said["LG"]),
         "prediction": interaction(
-            said["LGAH"][1.0], said["LGA"][1.0], lambda v: v.truth.curvature == "+"
+            said["LGAH"][1.0], said["LGA"][1.0], lambda v: PREDICTED.get(v.truth.curvature)
         ),
         "permuted": contrasts(mixed, said["LGA"]),
         "splits": {
@@ -167,7 +182,7 @@ def carry_out(store: Store, track: str, kept: Kept) -> dict[str, Any]:
                     pooled(kept, parts, more, columns),
                     pooled(kept, parts, fewer, columns),
                 )
-                for more, fewer in (PRIMARY, SECONDARY)
+                for more, fewer in ((PRIMARY,) if name == IN_TURN else (PRIMARY, SECONDARY))
             }
             | {"figures": by_prefix(pooled(kept, parts, "LGAH", columns))}
             for name, parts in splits.items()
@@ -187,8 +202,12 @@ def carry_out(store: Store, track: str, kept: Kept) -> dict[str, Any]:
 def judged(
     learned: Sequence[Seen], scored: Sequence[Seen], families: str, columns: Columns
 ) -> dict[float, list[Verdict]]:
-    """Learns from some families, the others being noise, and judges."""
-    classifier = learn_classifier(with_noise(learned, families, *columns))
+    """Learns from some families, the others being noise, and judges.
+
+    What rules say has no part in it: they rest on all families.
+    """
+    unruled = [replace(run, look=replace(run.look, claims=())) for run in learned]
+    classifier = learn_classifier(with_noise(unruled, families, *columns))
     verdicts: dict[float, list[Verdict]] = {}
     for run in with_noise(scored, families, *columns):
         said = by_classifier(run, classifier)
@@ -229,8 +248,8 @@ def counted(scored: Sequence[Seen]) -> dict[str, int]:
 def claims(store: Store, whole: Sequence[Seen]) -> dict[str, Figure | None]:
     """Returns the AUROC of the claim's own rules, of runs of which the number is known."""
     values = {
-        name: [rule(run.look.vectors.run.get(column, math.nan)) for run in whole]
-        for name, (column, rule) in CLAIMS.items()
+        name: [claimed(run, columns, rule) for run in whole]
+        for name, (columns, rule) in CLAIMS.items()
     }
     values[RAW] = Parallel(n_jobs=os.cpu_count())(
         delayed(_largest_coupling)(_log(store, run)) for run in whole
@@ -240,6 +259,12 @@ def claims(store: Store, whole: Sequence[Seen]) -> dict[str, Figure | None]:
         known = [(run.truth, x) for run, x in zip(whole, numbers, strict=True) if not math.isnan(x)]
         found[name] = auroc([t for t, _ in known], [x for _, x in known], level=0.95)
     return found
+
+
+def claimed(run: Seen, columns: Sequence[str], rule: Callable[..., float]) -> float:
+    """Returns what a rule comes to on a run; NaN where one of its columns is not known."""
+    values = [run.look.vectors.run.get(column, math.nan) for column in columns]
+    return math.nan if any(math.isnan(value) for value in values) else rule(*values)
 
 
 def partners(store: Store, train: Sequence[Seen], scored: Sequence[Seen]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Renders the tables of all documents from the committed results: ``python -m benchmarks.tables``.
 
 Each block of a document between ``<!-- name -->`` and ``<!-- /name -->`` is made here (or in
-`curvature_document`) and nowhere else; a test holds the files against the results.
+`curvature_document` and `ablation_document`) and nowhere else; a test holds the files against the
+results.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import curvature_document
+from benchmarks import ablation_document, curvature_document
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -86,6 +87,7 @@ def example() -> str:
 DOCUMENTS: dict[Path, Mapping[str, Callable[[], str]]] = {
     README: {"example": example, "evidence": evidence, "overhead": overhead},
     ROOT / "docs" / "curvature.md": curvature_document.BLOCKS,
+    ROOT / "docs" / "ablation.md": ablation_document.BLOCKS,
 }
 
 

@@ -6,9 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_bench_scoring import CLEAN, FROZEN, HOT
 
-from diagnoser.benchmark.contrasts import MARGINS, NEVER, contrasts, interaction, lead
+from diagnoser.benchmark.contrasts import (
+    MARGINS,
+    NEVER,
+    contrasts,
+    interaction,
+    lead,
+    threshold,
+)
 from diagnoser.benchmark.scoring import Verdict
 from diagnoser.errors import BenchmarkError
 
@@ -100,3 +109,13 @@ def test_an_interaction_is_the_gain_here_less_the_gain_there():
     area = np.mean([[a > b for b in healthy] for a in hot])
     assert found.value == pytest.approx(1.0 - area)
     assert found.low > 0.0 and found.p < 0.05
+    # A faulty run that is on neither side counts on neither.
+    nowhere = interaction(
+        whole, half_blind, lambda v: None if v.truth.operators == ("O1",) else True
+    )
+    assert nowhere is None
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=200))
+def test_at_most_one_healthy_run_in_twenty_alarms(highest):
+    assert sum(score > threshold(highest) for score in highest) <= 0.05 * len(highest)

@@ -62,7 +62,8 @@ def contrasts(ours: ByPrefix, theirs: ByPrefix) -> dict[str, Contrast]:
 def lead(ours: ByPrefix, theirs: ByPrefix) -> Figure | None:
     """Returns how much earlier one alarms than the other: a difference of medians, in run lengths.
 
-    Each has the threshold at which `FALSE_ALARMS` of the healthy runs alarm at some prefix. A
+    Each has the lowest threshold at which at most `FALSE_ALARMS` of the healthy runs alarm at some
+    prefix; it stays the same in all draws of the bootstrap. A
     faulty run that never alarms counts as `NEVER`, which a median of those that do does not notice.
     """
     first = [_first_alarms(side) for side in (ours, theirs)]
@@ -81,28 +82,38 @@ def lead(ours: ByPrefix, theirs: ByPrefix) -> Figure | None:
 
 
 def interaction(
-    ours: Sequence[Verdict], theirs: Sequence[Verdict], plus: Callable[[Verdict], bool]
+    ours: Sequence[Verdict], theirs: Sequence[Verdict], side: Callable[[Verdict], bool | None]
 ) -> Figure | None:
-    """Returns how much larger the gain in AUROC is on some faulty runs than on the other ones.
+    """Returns how much larger the gain in AUROC is on some faulty runs than on others.
 
-    Both are held against all healthy runs. None where either side has no faulty run.
+    Both are held against all healthy runs. None where one side has no faulty run.
+
+    Args:
+        ours: Verdicts of one judge.
+        theirs: Those of the other, of the same runs in the same order.
+        side: Whether a faulty run is one of some, or of others; None: of neither.
     """
-    chosen = [i for i, v in enumerate(ours) if v.truth.is_faulty or v.truth.control in HEALTHY]
-    numbers = np.array(
-        [(ours[i].score, theirs[i].score, ours[i].truth.is_faulty, plus(ours[i])) for i in chosen],
-        dtype=float,
-    ).reshape(-1, 4)
+    rows, truths = [], []
+    for own, other in zip(ours, theirs, strict=True):
+        here = side(own) if own.truth.is_faulty else False
+        if here is not None and (own.truth.is_faulty or own.truth.control in HEALTHY):
+            rows.append((own.score, other.score, own.truth.is_faulty, here))
+            truths.append(own.truth)
+    numbers = np.array(rows, dtype=float).reshape(-1, 4)
 
-    def gain(drawn: Array, side: float) -> float:
-        kept = drawn[(drawn[:, 2] == 0) | (drawn[:, 3] == side)]
+    def gain(drawn: Array, here: float) -> float:
+        kept = drawn[(drawn[:, 2] == 0) | (drawn[:, 3] == here)]
         return area(kept[:, [0, 2]]) - area(kept[:, [1, 2]])
 
     def gap(drawn: Array) -> float:
         return gain(drawn, 1.0) - gain(drawn, 0.0)
 
-    if math.isnan(gap(numbers)):
-        return None
-    return of_truths("interaction", [ours[i].truth for i in chosen], numbers, gap)
+    return None if math.isnan(gap(numbers)) else of_truths("interaction", truths, numbers, gap)
+
+
+def threshold(highest: Sequence[float]) -> float:
+    """Returns the lowest score of healthy runs that at most `FALSE_ALARMS` of them exceed."""
+    return float(np.quantile(highest, 1.0 - FALSE_ALARMS, method="higher"))
 
 
 def _first_alarms(by_prefix: ByPrefix) -> dict[tuple[str, int], float]:
@@ -115,13 +126,13 @@ def _first_alarms(by_prefix: ByPrefix) -> dict[tuple[str, int], float]:
                 highest[key] = max(highest.get(key, -math.inf), v.score)
     if not highest:
         return {}
-    threshold = float(np.quantile(list(highest.values()), 1.0 - FALSE_ALARMS))
+    beyond = threshold(list(highest.values()))
     first: dict[tuple[str, int], float] = {}
     for prefix in sorted(by_prefix, reverse=True):
         for v in by_prefix[prefix]:
             if v.truth.is_faulty:
                 key = (v.truth.hash, v.seed)
                 first.setdefault(key, NEVER)
-                if v.score > threshold:
+                if v.score > beyond:
                     first[key] = prefix
     return first

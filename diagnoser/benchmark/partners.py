@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from diagnoser.classifier import to_blame
 from diagnoser.rules.ranges import Ranges, range_key
-from diagnoser.table import Array, Scope, Table
+from diagnoser.table import Scope, Table
 
 FEATURE = "gradient_to_start"  # what leaves its healthy range
 COUPLING = "coupling_to_curvature"
@@ -33,7 +32,7 @@ def follow(tables: Mapping[Scope, Table], blamed: Sequence[str], ranges: Ranges)
     """Asks one run.
 
     None where no faulty component leaves its range, no other one does later, or no coupling was
-    measured until then (or, where that came later, at all).
+    measured until the faulty one did.
 
     Args:
         tables: The run's feature tables.
@@ -75,10 +74,7 @@ def _left(table: Table, ranges: Ranges) -> dict[str, int]:
 
 
 def _coupling(table: Table, blamed: Sequence[str], onset: int) -> dict[str, float]:
-    """Returns how strongly every other component is coupled to a faulty one, where it is known.
-
-    As last measured until the onset, or else as first measured after it.
-    """
+    """Returns how strongly every other component was coupled to a faulty one, as last measured."""
     if COUPLING not in table.columns or not len(table.steps):
         return {}
     values = np.broadcast_to(table.columns[COUPLING].value, (len(table.subjects), len(table.steps)))
@@ -86,15 +82,8 @@ def _coupling(table: Table, blamed: Sequence[str], onset: int) -> dict[str, floa
     for (a, b), row in zip(table.subjects, values, strict=True):
         if b is None or to_blame(a, blamed) == to_blame(b, blamed):
             continue
-        value = _at(row, table.steps <= onset)
-        other = b if to_blame(a, blamed) else a
-        if not np.isnan(value):
-            found[other] = max(found.get(other, -np.inf), abs(value))
+        known = row[~np.isnan(row) & (table.steps <= onset)]
+        if len(known):
+            other = b if to_blame(a, blamed) else a
+            found[other] = max(found.get(other, 0.0), abs(float(known[-1])))
     return found
-
-
-def _at(row: Array, before: NDArray[np.bool_]) -> float:
-    known = ~np.isnan(row)
-    if (known & before).any():
-        return float(row[known & before][-1])
-    return float(row[known][0]) if known.any() else float("nan")

@@ -1,16 +1,17 @@
 """Who is learned from and who is scored, so that nothing that is scored was learned from.
 
 Every split keeps all runs of a configuration on one side. Healthy runs are scored once over all
-parts of a split: they are dealt out by the hash of their configuration.
+parts of a split: those of a mistake that did no harm with their mistake, the others by the hash of
+their configuration.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from diagnoser.benchmark.dataset import Seen
+from diagnoser.benchmark.dataset import Seen, Truth
 from diagnoser.benchmark.judges import is_judged
 from diagnoser.vocabulary import CAUSE_CATEGORY
 
@@ -37,10 +38,16 @@ def operators_left_out(seen: Sequence[Seen], track: str) -> Iterator[Split]:
     category = {
         name: CAUSE_CATEGORY[run.truth.causes[0]]
         for run in seen
-        if run.truth.causes
+        if run.truth.causes and len(run.truth.operators) == 1
         for name in run.truth.operators
     }
     ordered = sorted(category, key=lambda name: (category[name], name))
+    part = {name: i % FOLDS for i, name in enumerate(ordered)}
+
+    def part_of(truth: Truth) -> int:
+        known = [part[name] for name in truth.operators if name in part]
+        return known[0] if known else int(truth.hash, 16) % FOLDS
+
     for fold in range(min(FOLDS, len(ordered))):
         unseen = frozenset(ordered[fold::FOLDS])
         yield Split(
@@ -50,7 +57,7 @@ def operators_left_out(seen: Sequence[Seen], track: str) -> Iterator[Split]:
                 for run in seen
                 if run.truth.track == "train" and not unseen & set(run.truth.operators)
             ),
-            tuple(_scored(seen, track, fold, FOLDS, unseen, SEVERITIES)),
+            tuple(_scored(seen, track, fold, part_of, unseen)),
         )
 
 
@@ -65,6 +72,12 @@ def severities_left_out(seen: Sequence[Seen], track: str) -> Iterator[Split]:
             graded.setdefault(run.truth.operators[0], set()).add(run.truth.severity)
     names = frozenset(name for name, severities in graded.items() if len(severities) >= 3)
     levels = [level for level in SEVERITIES if any(level in graded[name] for name in names)]
+
+    def part_of(truth: Truth) -> int:
+        if names & set(truth.operators) and truth.severity in levels:
+            return levels.index(truth.severity)
+        return int(truth.hash, 16) % len(levels)
+
     for part, level in enumerate(levels):
         yield Split(
             f"severity {level}",
@@ -74,7 +87,7 @@ def severities_left_out(seen: Sequence[Seen], track: str) -> Iterator[Split]:
                 if run.truth.track == "train"
                 and not (run.truth.severity == level and names & set(run.truth.operators))
             ),
-            tuple(_scored(seen, track, part, len(levels), names, (level,))),
+            tuple(_scored(seen, track, part, part_of, names)),
         )
 
 
@@ -93,17 +106,13 @@ def _scored(
     seen: Iterable[Seen],
     track: str,
     part: int,
-    parts: int,
+    part_of: Callable[[Truth], int],
     operators: frozenset[str],
-    severities: Collection[str],
 ) -> Iterator[Seen]:
+    """Yields the healthy runs of a part, and the faulty ones with one of the operators alone."""
     for run in seen:
         truth = run.truth
-        if truth.track != track or not is_judged(run):
+        if truth.track != track or not is_judged(run) or part_of(truth) != part:
             continue
-        if truth.is_faulty:
-            own = len(truth.operators) == 1 and truth.operators[0] in operators
-            if own and truth.severity in severities:
-                yield run
-        elif int(truth.hash, 16) % parts == part:
+        if not truth.is_faulty or (len(truth.operators) == 1 and truth.operators[0] in operators):
             yield run
