@@ -45,6 +45,8 @@ evidence: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.first_slice
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.example
+	$(BIN)/diagnoser bench truth
+	$(BIN)/python -m benchmarks.outcomes
 	$(BIN)/python -m benchmarks.tables
 
 clean:

@@ -1,8 +1,7 @@
 """Renders the tables of all documents from the committed results: ``python -m benchmarks.tables``.
 
 Each block of a document between ``<!-- name -->`` and ``<!-- /name -->`` is made here (or in
-`curvature_document` and `ablation_document`) and nowhere else; a test holds the files against the
-results.
+the module of the document) and nowhere else; a test holds the files against the results.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablation_document, curvature_document
+from benchmarks import ablation_document, benchmark_document, curvature_document
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -88,6 +87,7 @@ DOCUMENTS: dict[Path, Mapping[str, Callable[[], str]]] = {
     README: {"example": example, "evidence": evidence, "overhead": overhead},
     ROOT / "docs" / "curvature.md": curvature_document.BLOCKS,
     ROOT / "docs" / "ablation.md": ablation_document.BLOCKS,
+    ROOT / "docs" / "benchmark.md": benchmark_document.BLOCKS,
 }
 
 
