@@ -19,6 +19,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +37,7 @@ from diagnoser.benchmark.examples import (
     rounded,
     write_examples,
 )
+from diagnoser.benchmark.jobs import Mode
 from diagnoser.benchmark.judges import example, is_judged, precisions
 from diagnoser.benchmark.plan import make_plan
 from diagnoser.benchmark.results import Store
@@ -78,11 +80,9 @@ def from_runs(store: Store) -> None:
     shipped_ranges.cache_clear()
     print(f"healthy ranges of {len(ranges.features)} features from {ranges.runs} runs")
 
-    modes = ("watched", "budget")
-    seen = {mode: read(store, plan, harms, known, mode, jobs) for mode in modes}
-    seen = {
-        mode: [run for run in runs if run.truth.track == "train"] for mode, runs in seen.items()
-    }
+    learning = replace(plan, items=tuple(item for item in plan.items if item.track == "train"))
+    modes: tuple[Mode, ...] = ("watched", "budget")
+    seen = {mode: read(store, learning, harms, known, mode, jobs) for mode in modes}
     rules = default_rules()
     counted = precisions(seen["watched"], {rule.id: rule.causes for rule in rules})
     runs = sum(is_judged(run) and run.look.prefix == 1.0 for run in seen["watched"])

@@ -22,7 +22,7 @@ UNMEASURED: Final[Mapping[str, float]] = {"low": 0.05, "medium": 0.2, "high": 0.
 PRIOR_RUNS: Final = 2
 SYMPTOM: Final = 0.05  # what a symptom adds to the cause that explains it
 TIE: Final = 0.01  # share of all votes that breaks ties
-MOST_VOTES: Final = 5.0
+MOST_VOTES: Final = 1.0  # beyond which more of them break no tie
 NAMED: Final = 3  # causes that the classifier adds
 
 

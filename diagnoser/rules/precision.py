@@ -1,7 +1,7 @@
 """How often each rule was right on the calibration runs: ``rules/precision.json``.
 
-A count belongs to what a rule said when it was counted. A rule whose conditions, severity or causes
-were changed since has another digest, and no precision until it is measured again.
+A count belongs to what a rule said when it was counted. A rule whose conditions, causes or healthy
+ranges were changed since has another digest, and no precision until it is measured again.
 """
 
 from __future__ import annotations
