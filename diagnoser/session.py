@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +15,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from diagnoser.classifier import Classifier, load
+from diagnoser.classifier import load
 from diagnoser.curvature import ProbeSet
 from diagnoser.diagnosis import chosen, diagnose
 from diagnoser.errors import (
@@ -28,7 +29,7 @@ from diagnoser.monitor import EVERYTHING, Interception, Monitor, Schedule
 from diagnoser.report import finding_line, write_run
 from diagnoser.rules import Rule
 from diagnoser.runlog import Recording, RecordingBuilder, RunLogWriter
-from diagnoser.types import Diagnosis, Finding
+from diagnoser.types import Diagnosis, Finding, Unknown
 from diagnoser.vocabulary import MODEL, severity_rank
 
 SAID_AT_THE_END = 3  # events of the monitor
@@ -186,18 +187,17 @@ class Watch:
             DiagnoserError: The run directory cannot be written.
         """
         recording = self.log
-        diagnosis = diagnose(recording, self._rules, self._learned())
+        try:
+            learned = load(self._classifier) if self._classifier is not None else None
+            diagnosis = diagnose(recording, self._rules, learned)
+        except ClassifierError as error:  # it was checked, but not built, before the training
+            self._say(f"diagnoser: {error}; judged by the rules alone")
+            said = Unknown("classifier", MODEL, (), str(error))
+            diagnosis = diagnose(recording, self._rules)
+            diagnosis = replace(diagnosis, unknown=(*diagnosis.unknown, said))
         if write and self.directory is not None:
             write_run(diagnosis, recording, self.directory)
         return diagnosis
-
-    def _learned(self) -> Classifier | None:
-        """Builds the classifier: at the end, so that no library of its is in the training."""
-        try:
-            return load(self._classifier) if self._classifier is not None else None
-        except ClassifierError as error:
-            self._say(f"diagnoser: {error}; judged by the rules alone")
-            return None
 
     def _look_for_findings(self) -> None:
         """Prints findings that are new, as often as a two-hundredth of training time allows.

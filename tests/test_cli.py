@@ -158,6 +158,20 @@ def test_a_classifier_that_cannot_be_used_stops_everything_before_it_starts(
     assert not ran.exists()
 
 
+def test_a_classifier_that_fails_at_the_end_leaves_a_diagnosis_that_says_so(alarmist, tmp_path):
+    other = tmp_path / "other.skops"
+    other.write_bytes(alarmist.read_bytes())
+    described = json.loads(alarmist.with_suffix(".json").read_text())
+    described["check"] = [0.123] * len(described["check"])  # as of another scikit-learn
+    other.with_suffix(".json").write_text(json.dumps(described))
+    model = torch.nn.Linear(3, 1)
+    watched = watch(model, classifier=other, out=tmp_path / "run", verbose=False)
+    with watched:
+        model(torch.ones(2, 3)).sum().backward()
+    (said,) = [entry for entry in watched.diagnose().unknown if entry.rule == "classifier"]
+    assert "predicts otherwise" in said.reason and str(other) in said.reason
+
+
 def test_a_truncated_log_is_diagnosed_as_far_as_it_goes(run, capsys):
     log = run / "log.jsonl"
     log.write_bytes(log.read_bytes()[:-40])
