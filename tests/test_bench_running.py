@@ -44,7 +44,7 @@ def workers_find_the_catalogue(monkeypatch, tmp_path):
 def no_workers(monkeypatch, tmp_path_factory):
     """Runs are made right here, where it is not the worker that is tested."""
 
-    def here(job):
+    def here(job, environment=None):
         configuration = Configuration.from_json(job.configuration)
         known = catalogue(job.catalogue)
         head = dataclasses.asdict(job) | {"remedy": "", "subject": configuration.subject}
@@ -278,6 +278,16 @@ def test_after_kill_9_the_rest_is_made_and_the_table_is_that_of_one_go(tmp_path,
     assert table(stopped) == table(whole)
     harm, again = (pq.read_table(out / "harm.parquet") for out in (stopped, whole))
     assert harm.drop_columns([]).to_pandas().equals(again.to_pandas())
+
+
+@pytest.mark.slow
+def test_workers_have_the_environment_of_the_call_though_the_pool_is_older(tmp_path, monkeypatch):
+    assert main([*bench("truth", "SMALL", tmp_path / "first"), "--jobs", "2"]) == 0
+    monkeypatch.delenv("PYTHONPATH")
+    main([*bench("truth", "SMALL", tmp_path / "second"), "--jobs", "2"])
+    paths = (tmp_path / "second" / "truth").glob("*.parquet")
+    reasons = {row["reason"] for path in paths for row in pq.read_table(path).to_pylist()}
+    assert len(reasons) == 1 and "no catalogue bench_subjects:SMALL" in reasons.pop()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -137,7 +138,9 @@ def _here(jobs: Iterable[Job], processes: int, deadline: float | None) -> Iterat
         batch_size=1,
         pre_dispatch=processes,
     )
-    yield from pool(delayed(carry_out)(job) for job in _in_time(jobs, deadline))
+    # The pool's processes are kept from call to call, with the environment of the first.
+    environment = dict(os.environ)
+    yield from pool(delayed(carry_out)(job, environment) for job in _in_time(jobs, deadline))
 
 
 def _on_cluster(jobs: Iterable[Job], address: str, deadline: float | None) -> Iterator[Answer]:

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -60,15 +61,21 @@ class Answer:
     complaint: str = ""
 
 
-def carry_out(job: Job) -> Answer:
-    """Carries out a job in a worker process and waits for it."""
+def carry_out(job: Job, environment: Mapping[str, str] | None = None) -> Answer:
+    """Carries out a job in a worker process and waits for it.
+
+    Args:
+        job: What to carry out.
+        environment: Variables of the worker process; None: those of this process.
+    """
+    variables = os.environ if environment is None else environment
     process = subprocess.Popen(
         [sys.executable, "-m", "diagnoser.benchmark.worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **ONE_THREAD},
+        env={**variables, **ONE_THREAD},
     )
     try:
         out, said = process.communicate(job.to_json())
