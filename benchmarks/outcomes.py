@@ -5,7 +5,10 @@ From a directory in which ``diagnoser bench truth --size small`` has finished, w
 
 * ``truth.parquet``: every unmonitored run, its score, losses and how it ended;
 * ``harm.parquet``: the verdict of every configuration, with its test;
-* ``calibration.parquet``: clean runs against clean runs.
+* ``calibration.parquet``: clean runs against clean runs;
+
+and, where they are there, what ``diagnoser bench score`` counted, the log of when the test subjects
+were opened, and the answers of DEFault++ (`defaultplusplus`).
 
 Nothing is written while runs are missing.
 """
@@ -13,6 +16,7 @@ Nothing is written while runs are missing.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import sys
 from pathlib import Path
@@ -24,12 +28,18 @@ from diagnoser.benchmark.configuration import catalogue
 from diagnoser.benchmark.harm import Row
 from diagnoser.benchmark.plan import Plan, make_plan
 from diagnoser.benchmark.results import SCHEMA, Store, write_whole
+from diagnoser.benchmark.scores import OPENINGS, Scores
 
 SIZE = "small"
 BENCH = Path(__file__).parent / "results" / "bench"
 RUNS = BENCH / "truth.parquet"
 # Times are a machine's, not the benchmark's; the mode is always the same; nothing is logged.
 LEFT_OUT = ("cpu_s", "mode", "log_sha256")
+
+SCORED = (
+    *(f"{field.name}-*.parquet" for field in dataclasses.fields(Scores)),
+    *(OPENINGS, "defaultplusplus.parquet"),
+)
 
 
 def collect(store: Store, plan: Plan) -> list[Row]:
@@ -76,9 +86,11 @@ def main() -> None:
     store = Store(directory, lambda text: print(text, file=sys.stderr))
     rows = collect(store, make_plan(catalogue(), SIZE))
     write_runs(RUNS, rows)
-    for name in ("harm", "calibration"):
-        path = directory / f"{name}.parquet"
-        write_whole(BENCH / path.name, path.read_bytes())
+    for name in ("harm.parquet", "calibration.parquet"):
+        write_whole(BENCH / name, (directory / name).read_bytes())
+    for name in SCORED:
+        for path in directory.glob(name):
+            write_whole(BENCH / path.name, path.read_bytes())
     print(f"{len(rows)} runs: {BENCH}")
 
 

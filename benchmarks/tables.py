@@ -12,7 +12,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ablation_document, benchmark_document, curvature_document
+from benchmarks import (
+    ablation_document,
+    benchmark_document,
+    curvature_document,
+    scores_document,
+)
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -88,6 +93,7 @@ DOCUMENTS: dict[Path, Mapping[str, Callable[[], str]]] = {
     ROOT / "docs" / "curvature.md": curvature_document.BLOCKS,
     ROOT / "docs" / "ablation.md": ablation_document.BLOCKS,
     ROOT / "docs" / "benchmark.md": benchmark_document.BLOCKS,
+    ROOT / "docs" / "scores.md": scores_document.BLOCKS,
 }
 
 

@@ -7,9 +7,11 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from test_bench_scoring import CLEAN, FROZEN, HOT
 
+from benchmarks import scores_document
 from diagnoser.benchmark import commands
 from diagnoser.benchmark.baselines import Opinion
 from diagnoser.benchmark.dataset import Look, Seen
@@ -80,6 +82,10 @@ def value(scores, judge, figure, prefix=1.0, mode="watched"):
     return found
 
 
+def table(directory, name):
+    return pq.read_table(directory / f"{name}-dev.parquet").to_pylist()
+
+
 @pytest.mark.slow
 def test_all_judges_are_scored_side_by_side_and_printed_again(tmp_path, capsys):
     assert bench("score", tmp_path) == 0
@@ -98,6 +104,25 @@ def test_all_judges_are_scored_side_by_side_and_printed_again(tmp_path, capsys):
     assert bench("report", tmp_path) == 0
     assert capsys.readouterr().out == printed
     assert "together - rules" in printed and "false alarms HC1" in printed
+    (named,) = [r for r in table(tmp_path, "named") if r["mode"] == "watched"]
+    # It fires on every hot run and on no other, and of those no fault is expected.
+    assert (named["fault"], named["said"], named["faulty"]) == (
+        "sharpness_instability",
+        18,
+        18,
+    )
+    surest = [r for r in table(tmp_path, "sureness") if r["judge"] == "classifier"]
+    assert sum(r["faulty"] for r in surest if r["mode"] == "watched") == 36
+    for name, make in scores_document.PARTS.items():
+        made = make("dev", tmp_path)
+        rows = [line for line in made.splitlines() if line.startswith("|")]
+        assert len(rows) > 2 and "nan" not in made, name
+        assert len({row.count("|") for row in rows}) == 1, name
+
+
+def test_a_split_that_was_not_scored_says_so(tmp_path):
+    made = scores_document.block(scores_document.targets, "test", tmp_path)
+    assert made == "Not there yet: the test subjects have not been scored."
 
 
 @pytest.mark.slow

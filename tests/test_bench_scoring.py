@@ -18,9 +18,11 @@ from diagnoser.benchmark.judges import by_rules, is_judged, precisions
 from diagnoser.benchmark.scoring import (
     STATISTICS,
     Verdict,
+    by_fault,
     by_operator,
     difference,
     figures,
+    reliability,
 )
 from diagnoser.classifier import Vectors
 from diagnoser.diagnosis import Claim
@@ -152,9 +154,8 @@ def test_recall_false_alarms_causes_and_places():
 
 
 def test_nothing_is_said_of_what_nothing_was_counted_on():
-    assert figures([Verdict(CLEAN, 0, False, 0.0)]) == [
-        value(figures([Verdict(CLEAN, 0, False, 0.0)]), "false alarms HC1")
-    ]
+    found = figures([Verdict(CLEAN, 0, False, 0.0)])
+    assert {figure.name for figure in found} == {"false alarms HC1", "false alarms HC1+HC2"}
 
 
 def test_an_interval_over_configurations_is_wider_than_one_over_runs():
@@ -247,3 +248,37 @@ def test_every_feature_is_in_the_family_of_what_it_is_measured_from():
 def test_a_row_of_numbers_is_told_apart_by_name_alone():
     assert {family_of(f"excess.{n}.latest") for n in ("trace_z", "step_lambda")} == {"H"}
     assert np.unique([family_of(n) for n in ("loss_rise.latest", "accuracy.highest")]) == ["L"]
+
+
+# -- faults and probabilities ----------------------------------------------------------------------
+
+
+def test_a_fault_is_right_where_it_is_expected_and_harm_was_proven():
+    hot = replace(HOT, faults=("exploding_gradient",))
+    harmless = replace(hot, harm="equivalent")
+    runs = [
+        (hot, {"exploding_gradient"}),
+        (hot, {"oscillating_loss"}),
+        (harmless, {"exploding_gradient"}),
+        (CLEAN, {"exploding_gradient"}),
+        (CLEAN, set()),
+    ]
+    assert by_fault(runs) == {
+        "exploding_gradient": (3, 1, 1, 2),
+        "oscillating_loss": (1, 1, 0, 0),
+    }
+
+
+def test_how_sure_is_held_against_how_often_right_and_what_is_not_known_is_left_out():
+    unknown = replace(HOT, harm="ambiguous")
+    said = [
+        Verdict(truth, 0, faulty=True, score=score)
+        for truth, score in [(HOT, 1.0), (HOT, 0.92), (CLEAN, 0.98), (CLEAN, 0.0), (unknown, 0.5)]
+    ]
+    assert reliability(said) == [(0.0, 0.0, 1, 0), (0.9, pytest.approx(2.9 / 3), 3, 2)]
+
+
+def test_false_alarms_on_ordinary_runs_are_counted_together():
+    other = replace(CLEAN, role="HC2", operators=("R2",), harm="equivalent")
+    said = [Verdict(t, 0, faulty=f, score=f) for t, f in [(CLEAN, 1), (CLEAN, 0), (other, 0)]]
+    assert value(figures(said), "false alarms HC1+HC2").value == pytest.approx(1 / 3)

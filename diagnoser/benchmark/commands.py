@@ -29,8 +29,6 @@ from diagnoser.benchmark.jobs import Mode
 from diagnoser.benchmark.plan import CLEAN, FAULT, REMEDY, Item, Plan, make_plan
 from diagnoser.benchmark.results import Store, write_whole
 from diagnoser.benchmark.scores import (
-    Recall,
-    Score,
     open_test,
     read_scores,
     score_all,
@@ -133,14 +131,12 @@ def score(request: Request, *, split: str, again: str) -> None:
     learned = learn([run for runs in seen.values() for run in runs if run.truth.track == "train"])
     if split == "test":
         open_test(request.out, digest_of_code(), again)
-    scores: list[Score] = []
-    recalls: list[Recall] = []
-    for mode, runs in seen.items():
-        own = [run for run in runs if run.truth.track == split]
-        more, found = score_all(learned, own, split, mode)
-        scores, recalls = scores + more, recalls + found
-    write_scores(request.out, split, scores, recalls)
-    _print_table(table_lines(scores))
+    found = [
+        score_all(learned, [run for run in runs if run.truth.track == split], split, mode)
+        for mode, runs in seen.items()
+    ]
+    write_scores(request.out, split, found)
+    _print_table(table_lines(score for scores in found for score in scores.scores))
 
 
 def report(request: Request) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,20 +18,25 @@ import pyarrow.parquet as pq
 from diagnoser import __version__
 from diagnoser.benchmark.dataset import Seen
 from diagnoser.benchmark.evaluate import Learned, judges
+from diagnoser.benchmark.judges import is_judged
 from diagnoser.benchmark.results import write_whole
 from diagnoser.benchmark.scoring import (
     Figure,
     Verdict,
+    by_fault,
     by_operator,
     difference,
     figures,
+    reliability,
 )
+from diagnoser.diagnosis import default_rules
 from diagnoser.errors import BenchmarkError
 
 OPENINGS: Final = "openings.jsonl"
 TOGETHER: Final = "together"
 COMPARED: Final = ("auroc", "macro_f1", "component_top_1")
 RIVALS: Final = ("rules", "classifier")  # that both together are held against
+PROBABLE: Final = ("classifier", "together")  # whose score is a probability
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +66,53 @@ class Recall:
     runs: int
 
 
-def score_all(
-    learned: Learned, seen: Sequence[Seen], split: str, mode: str
-) -> tuple[list[Score], list[Recall]]:
+@dataclass(frozen=True, slots=True)
+class Named:
+    """How often the rules say a fault of whole runs, and how often they are right.
+
+    ``said`` counts runs of which they say it: ``faulty`` of these are faulty, and ``right`` are of
+    an operator of which it is expected. ``expected`` counts all faulty runs of such operators.
+    """
+
+    split: str
+    mode: str
+    fault: str
+    said: int
+    faulty: int
+    right: int
+    expected: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sureness:
+    """Of whole runs whose score is in one tenth from ``low``: the mean, and how many are faulty."""
+
+    split: str
+    mode: str
+    judge: str
+    low: float
+    score: float
+    runs: int
+    faulty: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Everything that is counted of judges on runs."""
+
+    scores: tuple[Score, ...]
+    recalls: tuple[Recall, ...]
+    named: tuple[Named, ...]
+    sureness: tuple[Sureness, ...]
+
+
+def score_all(learned: Learned, seen: Sequence[Seen], split: str, mode: str) -> Scores:
     """Scores every judge on runs of one split, at every prefix."""
     scores: list[Score] = []
     recalls: list[Recall] = []
+    sureness: list[Sureness] = []
     known = judges(learned)
+    fault_of = {rule.id: rule.fault for rule in default_rules()}
     for prefix in sorted({run.look.prefix for run in seen}):
         runs = [run for run in seen if run.look.prefix == prefix]
         verdicts = {name: [judge(run) for run in runs] for name, judge in known.items()}
@@ -78,22 +123,28 @@ def score_all(
                     Recall(split, mode, name, operator, found, count)
                     for operator, (found, count) in by_operator(said).items()
                 ]
+            if prefix == 1.0 and name in PROBABLE:
+                sureness += [Sureness(split, mode, name, *bin_) for bin_ in reliability(said)]
         for rival in RIVALS:
             compared = _compare(verdicts[TOGETHER], verdicts[rival])
             scores += _scores(compared, split, mode, prefix, f"{TOGETHER} - {rival}")
-    return scores, recalls
+    said_of = [
+        (run.truth, {fault_of[claim.rule] for claim in run.look.claims})
+        for run in seen
+        if run.look.prefix == 1.0 and is_judged(run)
+    ]
+    named = [Named(split, mode, fault, *counts) for fault, counts in by_fault(said_of).items()]
+    return Scores(tuple(scores), tuple(recalls), tuple(named), tuple(sureness))
 
 
-def write_scores(
-    directory: Path, split: str, scores: Iterable[Any], recalls: Iterable[Any]
-) -> None:
-    """Writes ``scores-<split>.parquet`` and ``recalls-<split>.parquet``.
+def write_scores(directory: Path, split: str, found: Sequence[Scores]) -> None:
+    """Writes ``scores-<split>.parquet``, and so for ``recalls``, ``named`` and ``sureness``.
 
     Raises:
         BenchmarkError: They cannot be written.
     """
-    for name, values in (("scores", scores), ("recalls", recalls)):
-        rows = [dataclasses.asdict(value) for value in values]
+    for name in (field.name for field in dataclasses.fields(Scores)):
+        rows = [dataclasses.asdict(row) for scores in found for row in getattr(scores, name)]
         content = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows), content, compression="zstd")
         write_whole(directory / f"{name}-{split}.parquet", content.getvalue())

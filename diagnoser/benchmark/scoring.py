@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,6 +23,7 @@ from diagnoser.table import Array
 from diagnoser.vocabulary import CAUSE_CATEGORY, CAUSES, MODEL
 
 HEALTHY: Final = ("HC1", "HC2", "HC3", "HC4", "HC5a")
+ORDINARY: Final = ("HC1", "HC2")  # nothing odd about them: what users have most
 # Scored apart: latent defects, and controls that were not proven to be as good as clean runs.
 CONTROLS: Final = (*HEALTHY, "HC5b", "HCx")
 UNNAMED: Final = ""  # the category of a judge that names no cause
@@ -74,16 +75,16 @@ class Statistic:
 def figures(verdicts: Sequence[Verdict]) -> list[Figure]:
     """Scores a judge; a figure that nothing was counted on is left out.
 
-    ``auroc`` faulty against healthy controls (HC1 to HC4, HC5a); ``recall`` and, for each set of
-    controls, ``false alarms`` of the judge's own decision; ``macro_f1`` over categories of causes,
-    of the first cause of runs that are faulty; ``cause_top_1`` and ``_3``; ``component_top_1`` and
-    ``_3`` of runs with a local fault. Causes and components are ranks, of all faulty runs, whether
-    or not the judge calls them faulty.
+    ``auroc`` faulty against healthy controls (HC1 to HC4, HC5a); ``recall``; ``false alarms`` of
+    the judge's own decision, for each set of controls and for HC1 and HC2 together; ``macro_f1``
+    over categories of causes, of the first cause of runs that are faulty; ``cause_top_1`` and
+    ``_3``; ``component_top_1`` and ``_3`` of runs with a local fault. Causes and components are
+    ranks, of all faulty runs, whether or not the judge calls them faulty.
     """
     found = [_rate("recall", [v.faulty for v in verdicts if v.truth.is_faulty])]
-    for control in CONTROLS:
-        own = [v.faulty for v in verdicts if v.truth.control == control]
-        found.append(_rate(f"false alarms {control}", own))
+    for controls in (*((control,) for control in CONTROLS), ORDINARY):
+        own = [v.faulty for v in verdicts if v.truth.control in controls]
+        found.append(_rate(f"false alarms {'+'.join(controls)}", own))
     for name, statistic in STATISTICS.items():
         chosen = [v for v in verdicts if statistic.counts(v)]
         numbers = statistic.numbers(chosen)
@@ -101,6 +102,48 @@ def by_operator(verdicts: Sequence[Verdict]) -> dict[str, tuple[int, int]]:
             found, runs = counts.get(name, (0, 0))
             counts[name] = (found + v.faulty, runs + 1)
     return dict(sorted(counts.items()))
+
+
+def by_fault(
+    runs: Iterable[tuple[Truth, Collection[str]]],
+) -> dict[str, tuple[int, int, int, int]]:
+    """Counts how runs of which a fault is said compare with runs of which it is expected.
+
+    Returns:
+        By fault: runs of which it is said; of those, that are faulty, and of which it is expected
+        too; and faulty runs of which it is expected.
+    """
+    counts: dict[str, tuple[int, int, int, int]] = {}
+    for truth, said in runs:
+        expected = set(truth.faults) if truth.is_faulty else set()
+        for fault in {*said, *expected}:
+            is_said = fault in said
+            new = (is_said, is_said and truth.is_faulty, is_said and fault in expected)
+            old = counts.get(fault, (0, 0, 0, 0))
+            a, b, c, d = map(sum, zip(old, (*new, fault in expected), strict=True))
+            counts[fault] = (a, b, c, d)
+    return dict(sorted(counts.items()))
+
+
+def reliability(verdicts: Iterable[Verdict]) -> list[tuple[float, float, int, int]]:
+    """Returns how sure a judge is against how often it is right, in tenths of its score.
+
+    Returns:
+        For each tenth with any run: its lower end, the mean score, runs, and those faulty.
+    """
+    bins: dict[int, list[Verdict]] = {}
+    for v in verdicts:
+        if v.truth.is_faulty or v.truth.control in HEALTHY:
+            bins.setdefault(min(9, math.floor(10 * v.score)), []).append(v)
+    return [
+        (
+            tenth / 10,
+            float(np.mean([v.score for v in own])),
+            len(own),
+            sum(v.truth.is_faulty for v in own),
+        )
+        for tenth, own in sorted(bins.items())
+    ]
 
 
 def difference(name: str, ours: Sequence[Verdict], theirs: Sequence[Verdict]) -> Figure | None:
