@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diagnoser.rules import view
 from diagnoser.rules.engine import FIRING, INACTIVE, PENDING, STATE_UNKNOWN, evaluate, states
 from diagnoser.rules.message import Message, parse_message
 from diagnoser.rules.parsing import compile_expression
@@ -369,6 +370,15 @@ def test_many_kinds_without_a_range_are_counted():
     tables = components(*kinds, kinds=kinds, ratio=np.ones((9, 1)))
     (entry,) = evaluate([make_rule("ratio > healthy_high(ratio)")], tables, Ranges()).unknown
     assert entry.reason == "no healthy range of ratio for kind0, kind1 and 7 more"
+
+
+def test_work_grows_as_the_number_of_subjects_does(monkeypatch):
+    asked = []
+    monkeypatch.setattr(view, "range_key", lambda *of: asked.append(of) or "component.norm")
+    names = [f"c{i}" for i in range(100)]
+    tables = components(*names, kinds=dict.fromkeys(names, "norm"), ratio=np.ones((100, 1)))
+    evaluate([make_rule("ratio > healthy_high(ratio)")], tables, Ranges())
+    assert 100 <= len(asked) <= 500
 
 
 @pytest.mark.parametrize("pair", [("q", "k"), ("k", "q")])

@@ -305,9 +305,10 @@ def _without_range(
 def _range_reason(view: View, lacking: Mapping[HealthyEnd, NDArray[np.bool_]]) -> str:
     names = dict.fromkeys(end.name.rpartition(".")[2] for end in lacking)
     keys = {
-        view.range_keys(end)[subject] or "an unknown kind"
+        key or "an unknown kind"
         for end, subjects in lacking.items()
-        for subject in np.flatnonzero(subjects)
+        for key, lacks in zip(view.range_keys(end), subjects, strict=True)
+        if lacks
     }
     kinds = sorted(key.rpartition(".")[2] for key in keys)
     more = f" and {len(kinds) - _KINDS_NAMED} more" if len(kinds) > _KINDS_NAMED else ""
