@@ -54,6 +54,16 @@ def handed_on(quantity: str, place: str, values: Sequence[float]) -> Any:
     return case({quantity: {place: values}}, {place: values})
 
 
+ADAPTIVE = {  # the head's optimizer has no second moment
+    "update_norm": {
+        "a.query": [math.sqrt(20)],
+        "b.query": [3 * math.sqrt(20)],
+        "head": [math.sqrt(10)],
+    },
+    "learning_rate": {"a.query": [2.0], "b.query": [2.0], "head": [2.0]},
+    "moment_ratio": {"a.query": [1.0], "b.query": [1.0]},
+}
+
 KNOWN = {
     # the run
     "loss_fall": case(CLOCK, {"model": [NAN, 0.5, 0.75, 0.5]}, losses=CURVE),
@@ -64,6 +74,22 @@ KNOWN = {
         {"classes": {"model": [None, 2.0, 4.0, 4.0]}},
         {"model": [4 / math.log(4), 2 / math.log(4), 1 / math.log(4), 2 / math.log(4)]},
         losses=CURVE,
+    ),
+    "initial_loss_to_chance": case(
+        {"classes": {"model": [None, 2.0, 4.0, 4.0]}},
+        {"model": [4 / math.log(4)] * 4},
+        losses=CURVE,
+    ),
+    "loss_half_time": case(CLOCK, {"model": [NAN, 1, 1 / 2, 1 / 3]}, losses=CURVE),
+    "loss_persistence": case(  # a window of ten losses first ends at step 20
+        {"clock": {"model": [0.0] * 5}},
+        {"model": [NAN, NAN, NAN, NAN, -0.75]},
+        losses=[2.0] * 11 + [3, 1, 3, 1, 2, 2, 1, 3, 1, 3],
+    ),
+    "loss_spike": case(
+        CLOCK,
+        {"model": [1, 1, 3, 3]},
+        losses=[4.0] * 3 + [2.0] * 3 + [1.0] * 4 + [3.0] + [1.0] * 5,
     ),
     "non_finite_loss": case(
         CLOCK, {"model": [0, 0, 1, 1]}, losses=[1.0] * 7 + [math.inf] + [1.0] * 8
@@ -90,6 +116,14 @@ KNOWN = {
             "gradient_norm": {"a.query": [1] * 4, "b.query": [1] * 4, "head": [0] * 4},
         },
         {"model": [0.2, 0.225, 0.25, 0.6]},
+    ),
+    "median_adaptive_step": case(ADAPTIVE, {"model": [1.0]}),
+    "learning_rate_to_peak": case(
+        {"learning_rate": {"a.query": [1, 2, 1], "b.query": [2, 4, 1], "head": [None, None, 3]}},
+        {"model": [1, 1, 0.5]},
+    ),
+    "resting_share": case(
+        {"learning_rate": {"head": [1, 1, 0.01, 0.01]}}, {"model": [0, 0, 5 / 11, 10 / 16]}
     ),
     "median_weight_growth": case(
         {
@@ -159,6 +193,16 @@ KNOWN = {
         {"gradient_norm": {"head": [1, 3, 2, 10, 10], "embed": [1.0, None, 1.0]}},
         {"head": [0.5, 1, 1, 1.5, 5]},  # two measurements are no early window
     ),
+    "gradient_to_median": case(
+        {
+            "gradient_norm": {
+                "a.query": [2 * math.sqrt(20)],
+                "b.query": [4 * math.sqrt(20)],
+                "head": [0],
+            }
+        },
+        {"a.query": [2 / 3], "b.query": [4 / 3], "head": [0]},
+    ),
     "gradient_cosine": case(
         {"gradient_cosine": {"head": [0.1, -0.5, 0.3]}}, {"head": [0.1, -0.2, 0.1]}
     ),
@@ -175,6 +219,7 @@ KNOWN = {
         },
         {"a.query": [0.5], "b.query": [2], "head": [1]},
     ),
+    "adaptive_step": case(ADAPTIVE, {"a.query": [0.5], "b.query": [1.5]}),
     "weight_growth": case(
         {"weight_norm": {"head": [2, 4, 1], "embed": [0.0, 1.0, 1.0]}}, {"head": [1, 2, 0.5]}
     ),
@@ -209,12 +254,16 @@ KNOWN = {
         {"input_scale": {"head": [None, 2.0, 1.0]}}, {"head": [NAN, 1.0, 0.5]}
     ),
     "input_similarity": handed_on("input_similarity", "head", [0.1, -0.2]),
+    "input_similarity_change": case(
+        {"input_similarity": {"head": [None, 0.25, -0.5]}}, {"head": [NAN, 0, -0.75]}
+    ),
     "input_zero_share": handed_on("input_zero_share", "head", [0.0, 1.0]),
     # attention layers
     "attention_entropy": handed_on("attention_entropy", "a", [0.9, 0.1]),
     "initial_attention_entropy": case(
         {"attention_entropy": {"a": [None, 0.9, 0.1]}}, {"a": [0.9, 0.9, 0.9]}
     ),
+    "attention_entropy_change": case({"attention_entropy": {"a": [0.75, 0.25]}}, {"a": [0, -0.5]}),
     "entropy_of_layer": case(
         {"attention_entropy": {"a": [0.9, 0.1]}},
         {"a": [0.9, 0.1], "a.query": [0.9, 0.1], "a.norm": [0.9, 0.1]},
@@ -378,8 +427,20 @@ UNIT_OF_WEIGHTS = {
     "learning_rate": 2,
 }
 # Absolute on purpose: guessing has a loss of its own, initialisation a scale, AutoTrainer a limit.
-WITH_UNIT_OF_LOSS = {"loss_to_chance": 1, "first_gradient_norm": 1}
-WITH_UNIT_OF_WEIGHTS = {"initial_weight_scale": 1, "first_gradient_norm": -1}
+WITH_UNIT_OF_LOSS = {
+    "loss_to_chance": 1,
+    "initial_loss_to_chance": 1,
+    "first_gradient_norm": 1,
+    # Of optimizers alone whose learning rate has the unit of the weights and no other.
+    "adaptive_step": 1,
+    "median_adaptive_step": 1,
+}
+WITH_UNIT_OF_WEIGHTS = {
+    "initial_weight_scale": 1,
+    "first_gradient_norm": -1,
+    "adaptive_step": -1,
+    "median_adaptive_step": -1,
+}
 
 SHARES = (  # quantities between 0 and 1
     *("trainable", "optimized", "reached", "zero_share", "carried_gradients"),

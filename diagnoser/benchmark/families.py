@@ -15,7 +15,7 @@ from diagnoser.classifier import Vectors
 T = TypeVar("T")
 
 FAMILIES: Final = ("L", "G", "A", "H")  # loss, gradients and program, attention and inputs, Hessian
-OF_LOSS: Final = ("loss_", "non_finite_loss", "accuracy")
+OF_LOSS: Final = ("loss_", "initial_loss_", "non_finite_loss", "accuracy")
 OF_FORWARD: Final = ("attention_", "initial_attention_", "entropy_", "empty_rows", "input_")
 OF_CURVATURE: Final = (
     *("update_curvature", "component_curvature", "curvature_part", "overshoot", "step_"),

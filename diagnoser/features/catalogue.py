@@ -77,6 +77,40 @@ FEATURES: Final[Mapping[str, Entry]] = {
             "windowed loss over ln(number of classes): 1 is guessing",
         ),
         entry(
+            "initial_loss_to_chance",
+            "run",
+            f.initial_loss_to_chance,
+            ("classes",),
+            "mean of the first three losses over ln(number of classes): 1 where nothing is "
+            "preferred yet",
+        ),
+        entry(
+            "loss_half_time",
+            "run",
+            f.loss_half_time,
+            (),
+            "share of the steps so far after which half of the loss's fall was made",
+            low=0,
+            high=1,
+        ),
+        entry(
+            "loss_persistence",
+            "run",
+            f.loss_persistence,
+            (),
+            "correlation of neighbouring losses in the window, around its line: 0 where batches "
+            "are drawn at random",
+            low=-1,
+            high=1,
+        ),
+        entry(
+            "loss_spike",
+            "run",
+            f.loss_spike,
+            (),
+            "highest loss of the window over its median",
+        ),
+        entry(
             "non_finite_loss",
             "run",
             f.non_finite_loss,
@@ -135,6 +169,31 @@ FEATURES: Final[Mapping[str, Entry]] = {
             f.median_update_ratio,
             ("update_ratio",),
             "median over components of update norm over weight norm (moving median of 3)",
+        ),
+        entry(
+            "median_adaptive_step",
+            "run",
+            f.median_adaptive_step,
+            ("update_norm", "learning_rate", "moment_ratio"),
+            "median over components of their adaptive step",
+        ),
+        entry(
+            "learning_rate_to_peak",
+            "run",
+            f.learning_rate_to_peak,
+            ("learning_rate",),
+            "learning rate over its highest so far, median over components",
+            low=0,
+            high=1,
+        ),
+        entry(
+            "resting_share",
+            "run",
+            f.resting_share,
+            ("learning_rate",),
+            "share of the steps so far with less than a twentieth of the highest learning rate",
+            low=0,
+            high=1,
         ),
         entry(
             "model_step_sharpness",
@@ -287,6 +346,13 @@ FEATURES: Final[Mapping[str, Entry]] = {
             "gradient norm (moving median of 3) over the median of its first three measurements",
         ),
         entry(
+            "gradient_to_median",
+            "component",
+            f.gradient_to_median,
+            ("gradient_norm",),
+            "root mean square gradient (moving median of 3) over the median component's",
+        ),
+        entry(
             "gradient_cosine",
             "component",
             f.smoothed("gradient_cosine"),
@@ -331,6 +397,14 @@ FEATURES: Final[Mapping[str, Entry]] = {
             f.update_ratio_to_median,
             ("update_ratio",),
             "update ratio over the median component's",
+        ),
+        entry(
+            "adaptive_step",
+            "component",
+            f.adaptive_step,
+            ("update_norm", "learning_rate", "moment_ratio"),
+            "root mean square update over learning rate under an optimizer that divides by a "
+            "second moment: 1 where all gradients agree; far below, epsilon is the denominator",
         ),
         entry(
             "weight_growth",
@@ -438,6 +512,15 @@ FEATURES: Final[Mapping[str, Entry]] = {
             high=1.001,
         ),
         entry(
+            "input_similarity_change",
+            "component",
+            f.change("input_similarity"),
+            ("input_similarity",),
+            "the same less its first value",
+            low=-2.001,
+            high=2.001,
+        ),
+        entry(
             "input_zero_share",
             "component",
             f.own("input_zero_share"),
@@ -463,6 +546,15 @@ FEATURES: Final[Mapping[str, Entry]] = {
             ("attention_entropy",),
             "the same at the first measurement",
             low=0,
+            high=1.001,
+        ),
+        entry(
+            "attention_entropy_change",
+            "component",
+            f.change("attention_entropy"),
+            ("attention_entropy",),
+            "attention entropy less its first value",
+            low=-1.001,
             high=1.001,
         ),
         entry(

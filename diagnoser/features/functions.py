@@ -10,11 +10,12 @@ from typing import Final
 
 import numpy as np
 
-from diagnoser.features.source import INITIAL_LOSSES, Source
+from diagnoser.features.source import INITIAL_LOSSES, LOSS_WINDOW, Source
 from diagnoser.table import Array, Column
 
 EARLY_SAMPLES: Final = 3  # measurements that make a component's own early window
 SMOOTHED: Final = 3  # measurements of a moving median
+RESTING: Final = 0.05  # of its highest learning rate: below it hardly anything is learned
 
 
 def of_the_run(value: float, source: Source) -> Column:
@@ -135,6 +136,47 @@ def loss_to_chance(s: Source) -> Column:
     return Column.exact(quotient(s.loss, np.full_like(s.loss, chance)))
 
 
+def initial_loss_to_chance(s: Source) -> Column:
+    classes = s.run("classes").value
+    known = classes[~np.isnan(classes)]
+    chance = np.log(known.max()) if len(known) else float("nan")
+    return of_the_run(s.initial_loss / chance if chance > 0 else float("nan"), s)
+
+
+def loss_half_time(s: Source) -> Column:
+    """Nothing of it is known before the loss has fallen at all."""
+    best = np.fmin.accumulate(s.loss[0])
+    result = np.full((1, len(s.steps)), np.nan)
+    for i, at in enumerate(s.steps):
+        if at > 0 and best[i] < s.initial_loss:
+            half = (s.initial_loss + best[i]) / 2.0
+            result[0, i] = s.steps[: i + 1][best[: i + 1] <= half][0] / at
+    return Column.exact(result)
+
+
+def loss_persistence(s: Source) -> Column:
+    losses = s.recording.losses
+    return Column.exact(s.windows(losses.value, losses.step, persistence))
+
+
+def persistence(window: Array) -> float:
+    """Correlation of neighbouring values of a window around the line through them."""
+    if len(window) < LOSS_WINDOW or not np.isfinite(window).all():
+        return float("nan")
+    place = np.arange(len(window)) - (len(window) - 1) / 2.0
+    rest = window - window.mean()
+    rest = rest - place * (place @ rest) / (place @ place)
+    square = float(rest @ rest)
+    return float(rest[1:] @ rest[:-1]) / square if square > 0 else float("nan")
+
+
+def loss_spike(s: Source) -> Column:
+    losses = s.recording.losses
+    highest = s.windows(losses.value, losses.step, lambda w: float(np.max(w)))
+    middle = s.windows(losses.value, losses.step, lambda w: float(np.median(w)))
+    return Column.exact(quotient(highest, np.where(middle > 0, middle, np.nan)))
+
+
 def non_finite_loss(s: Source) -> Column:
     losses = s.recording.losses
     bad = losses.step[~np.isfinite(losses.value)]
@@ -164,6 +206,42 @@ def update_ratio_to_median(s: Source) -> Column:
     own = trained_update_ratios(s)
     median = median_over_components(np.where(own > 0, own, np.nan))
     return Column.exact(quotient(own, broadcast(median, s)))
+
+
+def adaptive_step(s: Source) -> Column:
+    """Of optimizers that divide by a second moment alone: of others it has a unit."""
+    adaptive = ~np.isnan(s.component("moment_ratio").value)
+    rate = np.where(adaptive, s.component("learning_rate").value, np.nan)
+    return Column.exact(quotient(root_mean_squares(s, "update_norm"), rate))
+
+
+def median_adaptive_step(s: Source) -> Column:
+    return Column.exact(median_over_components(adaptive_step(s).value))
+
+
+def gradient_to_median(s: Source) -> Column:
+    size = root_mean_squares(s, "gradient_norm")
+    median = median_over_components(np.where(size > 0, size, np.nan))
+    return Column.exact(quotient(moving_median(size), broadcast(median, s)))
+
+
+def root_mean_squares(s: Source, norm: str) -> Array:
+    """Root mean square of the entries behind a norm."""
+    sizes = {c.name: c.elements for c in s.recording.components}
+    return s.component(norm).value / np.sqrt([[sizes[name]] for name in s.names])
+
+
+def learning_rate_to_peak(s: Source) -> Column:
+    rate = s.component("learning_rate").value
+    return Column.exact(median_over_components(quotient(rate, np.fmax.accumulate(rate, axis=1))))
+
+
+def resting_share(s: Source) -> Column:
+    """A measurement stands for the steps since the last one."""
+    rate = learning_rate_to_peak(s).value[0]
+    gaps = np.diff(s.steps, prepend=-1).astype(float) * ~np.isnan(rate)
+    resting = np.cumsum(gaps * (rate < RESTING))
+    return Column.exact(quotient(resting, np.cumsum(gaps))[np.newaxis])
 
 
 def learning_rate_to_median(s: Source) -> Column:
@@ -310,6 +388,14 @@ def to_start(quantity: str) -> Callable[[Source], Column]:
     def function(s: Source) -> Column:
         value = s.component(quantity).value
         return Column.exact(quotient(value, np.broadcast_to(first_known(value), value.shape)))
+
+    return function
+
+
+def change(quantity: str) -> Callable[[Source], Column]:
+    def function(s: Source) -> Column:
+        value = s.component(quantity).value
+        return Column.exact(value - first_known(value))
 
     return function
 
