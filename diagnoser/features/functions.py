@@ -128,19 +128,18 @@ def loss_trend(s: Source) -> Column:
 
 
 def loss_to_chance(s: Source) -> Column:
-    classes = s.run("classes").value
-    known = classes[~np.isnan(classes)]
-    if not len(known):
-        return Column.exact(np.full((1, len(s.steps)), np.nan))
-    chance = np.log(known.max())  # 0 of a single class: nothing to guess
-    return Column.exact(quotient(s.loss, np.full_like(s.loss, chance)))
+    return Column.exact(quotient(s.loss, np.full_like(s.loss, loss_of_chance(s))))
 
 
 def initial_loss_to_chance(s: Source) -> Column:
+    return of_the_run(s.initial_loss / loss_of_chance(s), s)
+
+
+def loss_of_chance(s: Source) -> float:
+    """Of a single class there is nothing to guess, and it is not known."""
     classes = s.run("classes").value
     known = classes[~np.isnan(classes)]
-    chance = np.log(known.max()) if len(known) else float("nan")
-    return of_the_run(s.initial_loss / chance if chance > 0 else float("nan"), s)
+    return float(np.log(known.max())) if len(known) and known.max() > 1 else float("nan")
 
 
 def loss_half_time(s: Source) -> Column:
