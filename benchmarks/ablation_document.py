@@ -85,7 +85,8 @@ def differences(found: Found) -> str:
     }
     for split, parts in found["splits"].items():
         for pair in ("LGAH - LGA", "LGH - LG"):
-            groups[f"{pair}, {split}"] = parts[pair]
+            if pair in parts:
+                groups[f"{pair}, {split}"] = parts[pair]
     groups["LGAH with H of other runs - LGA"] = found["permuted"]
     rows = [
         [name, *(cell(contrasts.get(column)) for column in CONTRASTS)]

@@ -31,7 +31,10 @@ def result(helping: tuple[str, ...] = ()) -> dict[str, Any]:
         "secondary": contrasts(),
         "prediction": Figure("interaction", 0.125, -0.0625, 0.25, 60),
         "permuted": contrasts(),
-        "splits": {"operators never learned from": pairs},
+        "splits": {
+            "operators never learned from": pairs,
+            ablation.IN_TURN: {"LGAH - LGA": contrasts(), "figures": by_prefix},
+        },
         "claims": {"a trace estimate is negative": figures[0], ablation.RAW: None},
         "partners": {
             "asked": 9, "n": 4, "coupling": [0.5, 0.25, 0.75], "order": [0.25, 0.0, 0.5],
