@@ -41,7 +41,7 @@ from diagnoser.benchmark.families import (
 )
 from diagnoser.benchmark.intervals import wilson
 from diagnoser.benchmark.jobs import Mode
-from diagnoser.benchmark.judges import by_classifier, is_judged
+from diagnoser.benchmark.judges import by_classifier
 from diagnoser.benchmark.leaks import of_labels_at_random, of_metadata
 from diagnoser.benchmark.partners import Followed, follow
 from diagnoser.benchmark.plan import make_plan
@@ -147,7 +147,7 @@ def carry_out(store: Store, track: str, code: str) -> dict[str, Any]:
     jobs = os.cpu_count() or 1
     modes: tuple[Mode, ...] = ("watched", "budget")
     seen = [run for mode in modes for run in read(store, wanted, harms, known, mode, jobs)]
-    seen = [run for run in seen if is_judged(run)]
+    seen = [run for run in seen if run.truth.is_scored]
     train = [run for run in seen if run.truth.track == "train"]
     scored = [r for r in seen if r.truth.track == track and r.look.mode == "watched"]
     columns = columns_of_runs(train), columns_of_components(train)

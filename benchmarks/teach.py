@@ -28,7 +28,7 @@ from joblib import Parallel, delayed
 import diagnoser
 from benchmarks.outcomes import BENCH, SIZE
 from diagnoser.benchmark.configuration import catalogue
-from diagnoser.benchmark.dataset import Seen, Truth, recording_of, truths
+from diagnoser.benchmark.dataset import HEALTHY, Seen, Truth, recording_of, truths
 from diagnoser.benchmark.evaluate import learn, read
 from diagnoser.benchmark.examples import (
     columns_of,
@@ -38,10 +38,9 @@ from diagnoser.benchmark.examples import (
     write_examples,
 )
 from diagnoser.benchmark.jobs import Mode
-from diagnoser.benchmark.judges import example, is_judged, precisions
+from diagnoser.benchmark.judges import example, precisions
 from diagnoser.benchmark.plan import make_plan
 from diagnoser.benchmark.results import Store
-from diagnoser.benchmark.scoring import HEALTHY
 from diagnoser.benchmark.teaching import Extreme, extremes, learn_ranges
 from diagnoser.classifier import Classifier, fit, fitted_rows, save
 from diagnoser.diagnosis import default_rules
@@ -85,11 +84,11 @@ def from_runs(store: Store) -> None:
     seen = {mode: read(store, learning, harms, known, mode, jobs) for mode in modes}
     rules = default_rules()
     counted = precisions(seen["watched"], {rule.id: rule.causes for rule in rules})
-    runs = sum(is_judged(run) and run.look.prefix == 1.0 for run in seen["watched"])
+    runs = sum(run.truth.is_scored and run.look.prefix == 1.0 for run in seen["watched"])
     save_precision(RULES / "precision.json", rules, counted, runs)
     print(f"precision of {len(counted)} rules on {runs} runs")
 
-    chosen = [run for runs in seen.values() for run in runs if is_judged(run)]
+    chosen = [run for runs in seen.values() for run in runs if run.truth.is_scored]
     everything = learn(chosen).classifier
     run_columns, component_columns = influential(everything, RUN_COLUMNS, COMPONENT_COLUMNS)
     examples = [rounded(example(run), run_columns, component_columns) for run in chosen]

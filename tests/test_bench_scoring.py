@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 from diagnoser.benchmark.dataset import Look, Seen, Truth
 from diagnoser.benchmark.families import family_of
-from diagnoser.benchmark.judges import by_rules, is_judged, precisions
+from diagnoser.benchmark.judges import by_rules, precisions
 from diagnoser.benchmark.scoring import (
     STATISTICS,
     Verdict,
@@ -197,7 +197,7 @@ def test_the_precision_of_a_rule_counts_whole_runs_once_and_only_those_whose_tru
         seen(replace(HOT, harm="ambiguous"), twice),
         seen(replace(MASKED, harm="equivalent"), twice),
     ]
-    assert [is_judged(run) for run in runs] == [True, True, True, True, False, False]
+    assert [run.truth.is_scored for run in runs] == [True, True, True, True, False, False]
     counted = Precision(n=2, faulty=1, causes={"learning_rate_too_high": 1, "residual": 0})
     assert precisions(runs, NAMES) == {"odd": counted, "spike": counted}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diagnoser.benchmark.configuration import Catalogue, catalogue
-from diagnoser.benchmark.dataset import digest_of_code
+from diagnoser.benchmark.dataset import digest_of_code, truths
 from diagnoser.benchmark.evaluate import learn, read
 from diagnoser.benchmark.execute import Progressed, Resources, execute, probe, span, to_stderr
 from diagnoser.benchmark.harm import (
@@ -91,7 +91,7 @@ def truth(request: Request) -> None:
     resources = request.resources()
     known, made = _begin(request)
     store = Store(request.out, to_stderr)
-    progressed = _execute(made, "truth", store, resources, known)
+    progressed = _execute(made, made.items, "truth", store, resources, known)
     rows = {h: store.rows("truth", h) for h in {i.hash for i in made.items}}
     floors = {name: (s.floor, s.relative) for name, s in known.subjects.items()}
     harms = judge([item.judged() for item in made.items], rows, floors)
@@ -103,18 +103,31 @@ def truth(request: Request) -> None:
 
 
 def run(request: Request) -> None:
-    """Makes the watched runs, at the default budget and by the benchmark's own schedule."""
+    """Makes the watched runs, at the default budget and by the benchmark's own schedule.
+
+    Those come first that are scored: where it is known by now whether they are faulty or healthy.
+    """
     begin = time.monotonic()
     resources = request.resources()
     known, made = _begin(request)
     store = Store(request.out, to_stderr)
-    for mode in MODES[1:]:
-        if request.minutes is not None:  # the second kind of runs has what the first has left
-            left = request.minutes - (time.monotonic() - begin) / 60
-            resources = replace(resources, minutes=left)
-        progressed = _execute(made, mode, store, resources, known)
-        _print_progress(progressed, store.path(mode, "x").parent)
+    for items in _scored_first(made, store, known):
+        for mode in MODES[1:]:
+            if request.minutes is not None:  # each kind of runs has what those before it left
+                left = request.minutes - (time.monotonic() - begin) / 60
+                resources = replace(resources, minutes=left)
+            progressed = _execute(made, items, mode, store, resources, known)
+            _print_progress(progressed, store.path(mode, "x").parent)
     _print_left_out(made)
+
+
+def _scored_first(made: Plan, store: Store, known: Catalogue) -> list[Sequence[Item]]:
+    if not store.has_harm():
+        return [made.items]
+    true = truths(made.items, store.read_harm(), known)
+    scored = {digest for digest, truth in true.items() if truth.is_scored}
+    parts = [[i for i in made.items if (i.hash in scored) is wanted] for wanted in (True, False)]
+    return [items for items in parts if items]
 
 
 def score(request: Request, *, split: str, again: str) -> None:
@@ -151,12 +164,17 @@ def _begin(request: Request) -> tuple[Catalogue, Plan]:
 
 
 def _execute(
-    made: Plan, mode: Mode, store: Store, resources: Resources, known: Catalogue
+    made: Plan,
+    items: Sequence[Item],
+    mode: Mode,
+    store: Store,
+    resources: Resources,
+    known: Catalogue,
 ) -> Progressed:
     content = json.dumps([_described(item) for item in made.items], indent=1) + "\n"
     write_whole(store.directory / f"plan-{made.size.name}.json", content.encode())
     return execute(
-        made.items,
+        items,
         mode,
         store,
         resources,
@@ -205,7 +223,7 @@ def _print_cost(
     for item in {item.hash: item for item in items}.values():
         subject = item.configuration.subject
         for row in store.rows(mode, item.hash):
-            if row["status"] == OK:
+            if row["status"] == OK and row["cpu_s"] is not None:
                 measured.setdefault(subject, []).append(row["cpu_s"])
         left = store.missing(mode, item.hash, item.seeds(mode))
         missing[subject] = missing.get(subject, 0) + len(left)

@@ -9,8 +9,9 @@ from typing import Final
 
 import numpy as np
 
+from diagnoser.benchmark.dataset import HEALTHY
 from diagnoser.benchmark.harm import holm
-from diagnoser.benchmark.scoring import HEALTHY, Figure, Verdict, area, difference, of_truths
+from diagnoser.benchmark.scoring import Figure, Verdict, area, difference, of_truths
 from diagnoser.errors import BenchmarkError
 from diagnoser.table import Array
 
@@ -96,7 +97,7 @@ def interaction(
     rows, truths = [], []
     for own, other in zip(ours, theirs, strict=True):
         here = side(own) if own.truth.is_faulty else False
-        if here is not None and (own.truth.is_faulty or own.truth.control in HEALTHY):
+        if here is not None and own.truth.is_scored:
             rows.append((own.score, other.score, own.truth.is_faulty, here))
             truths.append(own.truth)
     numbers = np.array(rows, dtype=float).reshape(-1, 4)

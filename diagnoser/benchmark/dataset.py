@@ -47,6 +47,7 @@ from diagnoser.runlog import LOG_FILE, Recording, read_run
 
 PREFIXES: Final = (0.10, 0.25, 0.50, 1.00)
 HARMLESS: Final = ("equivalent", "not worse")
+HEALTHY: Final = ("HC1", "HC2", "HC3", "HC4", "HC5a")  # sets of controls that count as healthy
 UNPROVEN: Final = {"proven": "", "ambiguous": "HCx", "incomplete": ""}
 # Before these shares of a run there is nothing to be seen of a mistake.
 NOT_YET: Final = {"X2": 0.50, "E1": 0.99}
@@ -88,6 +89,11 @@ class Truth:
     def is_faulty(self) -> bool:
         """Whether it is scored as faulty: harm was proven."""
         return self.role in {"fault", "compound"} and self.harm == "proven"
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether it is known to be faulty, or known to be healthy."""
+        return self.is_faulty or self.control in HEALTHY
 
     @property
     def control(self) -> str:

@@ -28,7 +28,6 @@ from diagnoser.benchmark.judges import (
     by_opinion,
     by_rules,
     example,
-    is_judged,
     precisions,
     together,
 )
@@ -84,7 +83,7 @@ def learn(seen: Sequence[Seen], families: Iterable[str] = FAMILIES) -> Learned:
         BenchmarkError, ClassifierError: Too few of them.
     """
     classifier = learn_classifier(seen, families)
-    chosen = [run for run in seen if is_judged(run)]
+    chosen = [run for run in seen if run.truth.is_scored]
     watched = [run for run in chosen if run.look.mode == "watched"]
     precision = precisions(watched, {rule.id: rule.causes for rule in default_rules()})
     labels = [run.truth.causes if run.truth.is_faulty else () for run in chosen]
@@ -98,7 +97,7 @@ def learn_classifier(seen: Sequence[Seen], families: Iterable[str] = FAMILIES) -
     Raises:
         BenchmarkError, ClassifierError: Too few runs that are known to be faulty or healthy.
     """
-    chosen = [run for run in seen if is_judged(run)]
+    chosen = [run for run in seen if run.truth.is_scored]
     if not chosen:
         raise BenchmarkError("no run is known to be faulty or healthy: is `bench truth` finished?")
     wanted = set(families)

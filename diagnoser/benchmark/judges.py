@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from diagnoser.benchmark.baselines import DeepFD
 from diagnoser.benchmark.dataset import Seen, Truth
-from diagnoser.benchmark.scoring import HEALTHY, Verdict
+from diagnoser.benchmark.scoring import Verdict
 from diagnoser.classifier import Classifier, Example
 from diagnoser.diagnosis import is_grave, places_in_order, ranked, suspicion, votes_of
 from diagnoser.rules import Precision
@@ -23,7 +23,7 @@ def precisions(seen: Iterable[Seen], names: Mapping[str, Sequence[str]]) -> dict
     """
     fired: dict[str, list[Truth]] = {}
     for run in seen:
-        if run.look.prefix == 1.0 and is_judged(run):
+        if run.look.prefix == 1.0 and run.truth.is_scored:
             for rule in {claim.rule for claim in run.look.claims}:
                 fired.setdefault(rule, []).append(run.truth)
     return {
@@ -37,11 +37,6 @@ def precisions(seen: Iterable[Seen], names: Mapping[str, Sequence[str]]) -> dict
         )
         for rule, truths in sorted(fired.items())
     }
-
-
-def is_judged(run: Seen) -> bool:
-    """Whether a run is known to be faulty, or known to be healthy."""
-    return run.truth.is_faulty or run.truth.control in HEALTHY
 
 
 def example(run: Seen) -> Example:
@@ -146,7 +141,6 @@ __all__ = [
     "by_opinion",
     "by_rules",
     "example",
-    "is_judged",
     "precisions",
     "together",
 ]

@@ -10,7 +10,7 @@ import numpy as np
 
 from diagnoser.benchmark.dataset import Seen, Truth
 from diagnoser.benchmark.evaluate import learn_classifier
-from diagnoser.benchmark.judges import by_classifier, is_judged
+from diagnoser.benchmark.judges import by_classifier
 from diagnoser.benchmark.scoring import Figure, auroc
 from diagnoser.table import Array
 
@@ -75,7 +75,7 @@ def _with_other_labels(seen: Sequence[Seen], seed: int) -> list[Seen]:
 
 
 def _whole(seen: Sequence[Seen]) -> list[Seen]:
-    return [run for run in seen if is_judged(run) and run.look.prefix == 1.0]
+    return [run for run in seen if run.truth.is_scored and run.look.prefix == 1.0]
 
 
 def _comparable(seen: Sequence[Seen]) -> list[Seen]:

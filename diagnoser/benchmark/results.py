@@ -135,13 +135,17 @@ class Store:
                     self.directory / f"{name}.parquet", table.replace_schema_metadata(note)
                 )
 
+    def has_harm(self) -> bool:
+        """Whether there is anything for `read_harm` to read."""
+        return self._harm_path.exists()
+
     def read_harm(self) -> list[Harm]:
         """Returns what `write_harm` wrote of harm.
 
         Raises:
             BenchmarkError: There is nothing, or it cannot be read.
         """
-        path = self.directory / "harm.parquet"
+        path = self._harm_path
         again = "`diagnoser bench truth` makes it"
         if not path.exists():
             raise BenchmarkError(f"{path} is not there; {again}")
@@ -150,6 +154,10 @@ class Store:
             return [Harm(**row) for row in rows]
         except (pa.ArrowException, OSError, TypeError) as error:
             raise BenchmarkError(f"{path} cannot be read ({error}); {again} anew") from error
+
+    @property
+    def _harm_path(self) -> Path:
+        return self.directory / "harm.parquet"
 
     def _has_log(self, mode: Mode, row: Row) -> bool:
         path = self.log_path(mode, row["hash"], row["seed"])

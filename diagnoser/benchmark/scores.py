@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 from diagnoser import __version__
 from diagnoser.benchmark.dataset import Seen
 from diagnoser.benchmark.evaluate import Learned, judges
-from diagnoser.benchmark.judges import is_judged
 from diagnoser.benchmark.results import write_whole
 from diagnoser.benchmark.scoring import (
     Figure,
@@ -131,7 +130,7 @@ def score_all(learned: Learned, seen: Sequence[Seen], split: str, mode: str) -> 
     said_of = [
         (run.truth, {fault_of[claim.rule] for claim in run.look.claims})
         for run in seen
-        if run.look.prefix == 1.0 and is_judged(run)
+        if run.look.prefix == 1.0 and run.truth.is_scored
     ]
     named = [Named(split, mode, fault, *counts) for fault, counts in by_fault(said_of).items()]
     return Scores(tuple(scores), tuple(recalls), tuple(named), tuple(sureness))

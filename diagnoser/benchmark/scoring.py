@@ -15,14 +15,13 @@ from typing import Final
 
 import numpy as np
 
-from diagnoser.benchmark.dataset import Truth
+from diagnoser.benchmark.dataset import HEALTHY, Truth
 from diagnoser.benchmark.intervals import cluster_bootstrap, cluster_draws, wilson
 from diagnoser.classifier import to_blame
 from diagnoser.errors import BenchmarkError
 from diagnoser.table import Array
 from diagnoser.vocabulary import CAUSE_CATEGORY, CAUSES, MODEL
 
-HEALTHY: Final = ("HC1", "HC2", "HC3", "HC4", "HC5a")
 ORDINARY: Final = ("HC1", "HC2")  # nothing odd about them: what users have most
 # Scored apart: latent defects, and controls that were not proven to be as good as clean runs.
 CONTROLS: Final = (*HEALTHY, "HC5b", "HCx")
@@ -133,7 +132,7 @@ def reliability(verdicts: Iterable[Verdict]) -> list[tuple[float, float, int, in
     """
     bins: dict[int, list[Verdict]] = {}
     for v in verdicts:
-        if v.truth.is_faulty or v.truth.control in HEALTHY:
+        if v.truth.is_scored:
             bins.setdefault(min(9, math.floor(10 * v.score)), []).append(v)
     return [
         (
@@ -277,7 +276,7 @@ def _share(numbers: Array) -> float:
 
 STATISTICS: Final[Mapping[str, Statistic]] = {
     "auroc": Statistic(
-        lambda v: v.truth.is_faulty or v.truth.control in HEALTHY,
+        lambda v: v.truth.is_scored,
         lambda vs: np.array([(v.score, v.truth.is_faulty) for v in vs], dtype=float).reshape(-1, 2),
         area,
     ),

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from diagnoser.benchmark.dataset import Seen, Truth
-from diagnoser.benchmark.judges import is_judged
 from diagnoser.vocabulary import CAUSE_CATEGORY
 
 FOLDS: Final = 4  # of operators that are never learned from
@@ -112,7 +111,7 @@ def _scored(
     """Yields the healthy runs of a part, and the faulty ones with one of the operators alone."""
     for run in seen:
         truth = run.truth
-        if truth.track != track or not is_judged(run) or part_of(truth) != part:
+        if truth.track != track or not run.truth.is_scored or part_of(truth) != part:
             continue
         if not truth.is_faulty or (len(truth.operators) == 1 and truth.operators[0] in operators):
             yield run
