@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from diagnoser.benchmark.configuration import Catalogue
+from diagnoser.benchmark.harm import Harm
 from diagnoser.injection import Change, Data, Operator, Place, Remedy, Settings, Subject
 
 
@@ -116,3 +117,11 @@ FAILING = made(
 WORKERS = made("WORKERS", TWO[:1], SLOW, operator("KILL", kill_worker_once))
 HUNG = made("HUNG", TWO[:1], operator("NAP", sleep=60.0))
 LACKING = made("LACKING", (TWO[0], subject("absent", packages=("no-such-package",))), SLOW)
+
+
+def harm_of(item, verdict):
+    """A verdict of no numbers on a configuration of a plan."""
+    judged = item.judged()
+    words = (judged.hash, judged.subject, judged.recipe, judged.role, judged.operator)
+    rest = (judged.severity, judged.place, judged.remedy, verdict, 12, 0)
+    return Harm(*words, *rest, *(0.0,) * 9, 0, 0.0, trivial=False)

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench_subjects import SMALL
+from bench_subjects import SMALL, harm_of
 
 from diagnoser.benchmark import dataset
 from diagnoser.benchmark.configuration import Configuration, content_hash
 from diagnoser.benchmark.dataset import PREFIXES, Look, cut, features, recording_of, truths
-from diagnoser.benchmark.harm import Harm
 from diagnoser.benchmark.plan import make_plan
 from diagnoser.benchmark.results import Store
 from diagnoser.benchmark.worker import measuring, run
@@ -105,13 +104,6 @@ def test_what_is_true_of_a_configuration_comes_from_its_operator_and_its_proof(t
             assert truth.is_faulty and truth.causes == operator.causes[:1]
             assert truth.components == ()  # the whole model is to blame, no part of it
     assert truths(plan.items, [], SMALL) == {}
-
-
-def harm_of(item, verdict):
-    judged = item.judged()
-    words = (judged.hash, judged.subject, judged.recipe, judged.role, judged.operator)
-    rest = (judged.severity, judged.place, judged.remedy, verdict, 12, 0)
-    return Harm(*words, *rest, *(0.0,) * 9, 0, 0.0, trivial=False)
 
 
 def test_a_watched_run_is_measured_sixteen_times_with_room_for_both_steps():

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from bench_subjects import HUNG, SMALL, WORKERS
+from bench_subjects import HUNG, SMALL, WORKERS, harm_of
 
+from diagnoser.benchmark import commands
 from diagnoser.benchmark import execute as execute_module
 from diagnoser.benchmark.configuration import (
     Configuration,
@@ -122,8 +123,35 @@ def test_what_kills_or_breaks_a_run_is_named_and_the_rest_goes_on(tmp_path, caps
     assert len(table(tmp_path)) == 4 * 3
     assert "2 incomplete" in out
     # What was killed is tried again; what failed by itself would fail again.
-    assert main(bench("truth", "FAILING", tmp_path)) == 0
-    assert "1 runs made, 0 left of 12" in capsys.readouterr().out
+    assert main(bench("truth", "FAILING", tmp_path)) == 2  # the killed one was killed again
+    said = capsys.readouterr()
+    assert "1 runs made, 0 left of 12" in said.out
+    assert "none of the 1 runs made now gave a result" in said.err
+
+
+def test_where_no_run_gives_a_result_the_command_fails(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        execute_module,
+        "carry_out",
+        lambda job, environment=None: Answer(job, (), "the worker process was killed by SIGKILL"),
+    )
+    for action in ("truth", "run"):
+        assert main(one_subject(action, tmp_path)) == 2
+        said = capsys.readouterr().err
+        assert ": killed: the worker process was killed by SIGKILL" in said
+        assert "runs made now gave a result; each is named above with its reason" in said
+
+
+def test_runs_that_are_scored_are_made_first(tmp_path):
+    plan = make_plan(SMALL, "smoke")
+    store = Store(tmp_path, complain=pytest.fail)
+    assert commands._scored_first(plan, store, SMALL) == [plan.items]
+    verdicts = {"SLOW": "ambiguous", "FAST": "proven", "": "equivalent"}
+    store.write_harm([harm_of(i, verdicts[i.configuration.operator]) for i in plan.items], [])
+    first, second = commands._scored_first(plan, store, SMALL)
+    assert {item.configuration.operator for item in first} == {"", "FAST"}
+    assert {item.configuration.operator for item in second} == {"SLOW"}
+    assert len(first) + len(second) == len(plan.items)
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ from diagnoser.benchmark.scores import (
     table_lines,
     write_scores,
 )
-from diagnoser.errors import UsageError
+from diagnoser.errors import BenchmarkError, UsageError
 
 MODES: tuple[Mode, ...] = ("truth", "budget", "watched")
 
@@ -87,7 +87,11 @@ def plan(request: Request) -> None:
 
 
 def truth(request: Request) -> None:
-    """Makes the unmonitored runs, judges harm from those that are there, and prints it."""
+    """Makes the unmonitored runs, judges harm from those that are there, and prints it.
+
+    Raises:
+        BenchmarkError: Runs were made, and none gave a result.
+    """
     resources = request.resources()
     known, made = _begin(request)
     store = Store(request.out, to_stderr)
@@ -100,17 +104,22 @@ def truth(request: Request) -> None:
     _print_harm(harms, calibrations)
     _print_progress(progressed, request.out / "harm.parquet")
     _print_left_out(made)
+    _check([progressed])
 
 
 def run(request: Request) -> None:
     """Makes the watched runs, at the default budget and by the benchmark's own schedule.
 
     Those come first that are scored: where it is known by now whether they are faulty or healthy.
+
+    Raises:
+        BenchmarkError: Runs were made, and none gave a result.
     """
     begin = time.monotonic()
     resources = request.resources()
     known, made = _begin(request)
     store = Store(request.out, to_stderr)
+    finished = []
     for items in _scored_first(made, store, known):
         for mode in MODES[1:]:
             if request.minutes is not None:  # each kind of runs has what those before it left
@@ -118,7 +127,9 @@ def run(request: Request) -> None:
                 resources = replace(resources, minutes=left)
             progressed = _execute(made, items, mode, store, resources, known)
             _print_progress(progressed, store.path(mode, "x").parent)
+            finished.append(progressed)
     _print_left_out(made)
+    _check(finished)
 
 
 def _scored_first(made: Plan, store: Store, known: Catalogue) -> list[Sequence[Item]]:
@@ -276,6 +287,14 @@ def _print_progress(progressed: Progressed, written: Path) -> None:
     print(f"{progressed.made} runs made, {progressed.left} left of {progressed.asked}: {written}")
     if progressed.left:
         print("give the same command again to go on")
+
+
+def _check(finished: Sequence[Progressed]) -> None:
+    made = sum(progressed.made for progressed in finished)
+    if made and all(progressed.without == progressed.made for progressed in finished):
+        raise BenchmarkError(
+            f"none of the {made} runs made now gave a result; each is named above with its reason"
+        )
 
 
 def _print_left_out(made: Plan) -> None:

@@ -38,11 +38,15 @@ class Resources:
 
 @dataclass(frozen=True, slots=True)
 class Progressed:
-    """How many runs were asked for, were made now, and are still to be made."""
+    """How many runs were asked for, were made now, and are still to be made.
+
+    ``without`` of those made now gave no result; each was named.
+    """
 
     asked: int
     made: int
     left: int
+    without: int = 0
 
 
 def execute(
@@ -89,19 +93,20 @@ def execute(
     minutes = resources.minutes
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     line = _Progress(total, progress)
-    made = 0
+    made = without = 0
     for answer in _answers(waiting, resources, deadline, complain):
         item = unique[answer.job.hash]
         rows = [*answer.rows, *_unanswered(answer, item)]
         store.add(mode, item.hash, answer.job.configuration, rows)
         del waiting[item.hash]
         made += len(rows)
+        without += sum(row["status"] != OK for row in rows)
         line.clear()
         for text in _complaints(item, rows):
             complain(text)
         line.show(made)
     line.clear()
-    return Progressed(asked, made, total - made)
+    return Progressed(asked, made, total - made, without)
 
 
 def _answers(
