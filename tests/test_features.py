@@ -125,6 +125,9 @@ KNOWN = {
     "resting_share": case(
         {"learning_rate": {"head": [1, 1, 0.01, 0.01]}}, {"model": [0, 0, 5 / 11, 10 / 16]}
     ),
+    "since_peak_share": case(
+        {"learning_rate": {"head": [None, 1, 2, 2, 1]}}, {"model": [NAN, 0, 0, 5 / 16, 10 / 21]}
+    ),
     "median_weight_growth": case(
         {
             "weight_norm": {"a.query": [1, 2, 4], "b.query": [2, 2, 6], "head": [1, 90, 90]},

@@ -231,6 +231,12 @@ def test_clipping_rescales_or_waits_for_the_next_step(kind: str, tmp_path: Path)
         value = found[step]
         d, at = flat(twin.updates[step]), step if step in predicted else step + 1
         assert value == pytest.approx(float(d @ twin.hessians[at] @ d), rel=0.15)
+    # What no step changes is measured once, whether or not the step came out as expected.
+    rows = twin.recording.measurements
+    names = ("step", "quantity", "component", "other")
+    keys = list(zip(*(getattr(rows, name).tolist() for name in names), strict=True))
+    assert len(keys) == len(set(keys))
+    assert {"trace", "coupling", "coupling_norm", "gradient_curvature"} <= set(rows.quantities)
     if kind == "sgd":
         assert predicted == pytest.approx({0: 1.0, 2: 1.0, 4: 1.0})
         d = flat(twin.updates[2])

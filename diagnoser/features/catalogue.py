@@ -196,6 +196,15 @@ FEATURES: Final[Mapping[str, Entry]] = {
             high=1,
         ),
         entry(
+            "since_peak_share",
+            "run",
+            f.since_peak_share,
+            ("learning_rate",),
+            "share of the steps so far since the learning rate last rose: 0 during a warmup",
+            low=0,
+            high=1,
+        ),
+        entry(
             "model_step_sharpness",
             "run",
             f.smoothed_run("step_sharpness"),

@@ -243,6 +243,15 @@ def resting_share(s: Source) -> Column:
     return Column.exact(quotient(resting, np.cumsum(gaps))[np.newaxis])
 
 
+def since_peak_share(s: Source) -> Column:
+    rate = median_over_components(s.component("learning_rate").value)[0]
+    highest = np.fmax.accumulate(rate)
+    risen = np.diff(highest, prepend=np.nan) > 0.0  # NaN before the first known rate
+    first = ~np.isnan(highest) & (np.cumsum(~np.isnan(highest)) == 1)
+    begun = np.fmax.accumulate(np.where(risen | first, s.steps, np.nan))
+    return Column.exact(((s.steps - begun) / (s.steps + 1.0))[np.newaxis])
+
+
 def learning_rate_to_median(s: Source) -> Column:
     rate = s.component("learning_rate").value
     return Column.exact(quotient(rate, broadcast(median_over_components(rate), s)))

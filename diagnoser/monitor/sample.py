@@ -103,6 +103,7 @@ class Sample:
     along: Along | None = None
     place: str = ""  # where curvature is measured, see `_estimate`
     curved: bool = False  # curvature along the coming step was measured
+    blocks_read: bool = False  # all curvature was measured that is not along a step
     left_gradients: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def run(self, quantity: str, value: float, **errors: object) -> None:
@@ -455,7 +456,11 @@ class Sample:
             self._estimate("coupling_norm", a, estimate, other=b)
 
     def read_interaction(self, hessian: Operator, direction: Mapping[str, Tensor]) -> None:
-        """Signed coupling d_i'H_ij d_j of all pairs along a step, and its bounded share."""
+        """Signed coupling d_i'H_ij d_j of all pairs along a step, and its bounded share.
+
+        It takes the place of that along a step that was expected and then not made.
+        """
+        self.rows = [row for row in self.rows if row.quantity not in _INTERACTION_QUANTITIES]
         components = self.measurable(hessian)
         coupling = coupling_matrix(hessian, direction, components)
         for i, a in enumerate(coupling.names):
@@ -494,6 +499,7 @@ class Sample:
         self.rows.append(Measurement(self.step, quantity, component, scaled, other))
 
 
+_INTERACTION_QUANTITIES = {"coupling", "coupling_share", "block_curvature"}
 _GRADIENT_QUANTITIES = {"reached", "gradient_norm", "zero_share", "non_finite_gradient"}
 _UPDATE_QUANTITIES = {
     "optimized", "update_norm", "update_ratio", "learning_rate", "moment_ratio", "optimizers",

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -374,10 +375,11 @@ class Monitor:
         self, probe: ProbeSet, sample: Sample, wanted: Mapping[str, Tensor]
     ) -> None:
         rows, generator = list(sample.rows), self._generator.get_state()
+        read = sample.blocks_read
         turn = self._next_component, self._next_suspect, self._suspect_was_last
 
         def afresh(operator: Operator) -> None:  # it may be called again with less memory
-            sample.rows, sample.along = list(rows), None
+            sample.rows, sample.along, sample.blocks_read = list(rows), None, read
             self._generator.set_state(generator)
             self._next_component, self._next_suspect, self._suspect_was_last = turn
             self._read_curvature(sample, operator, "probe")
@@ -391,7 +393,8 @@ class Monitor:
         backwards = self._last_backwards
         place = "live" if backwards == 1 else f"live, first of {backwards} backwards"
         scale = loss_scale(loss) / backwards
-        sites = self._plan.spectrum  # vectors that differ from sample to sample
+        # Vectors that differ from sample to sample.
+        sites = self._plan.spectrum and not sample.blocks_read
         with self._live.operator(loss, wanted, scale=scale, sites=sites) as operator:
             self._tell(self._live.notes)
             self._read_curvature(sample, operator, place)
@@ -403,9 +406,12 @@ class Monitor:
         sample.place = place if operator.method == "exact" else f"{place}, {operator.method}"
         sample.read_curvature(operator, direction)
         bases: dict[str, Tensor] = {}
-        if self._plan.spectrum or self._plan.interaction:
+        plan = self._plan
+        if sample.blocks_read:  # the step came out otherwise than was expected
+            plan = replace(plan, spectrum=False, norms=False)
+        elif plan.spectrum or plan.interaction:
             sample.read_gradient_curvature(operator)
-        if self._plan.spectrum:
+        if plan.spectrum:
             if not sample.rules:  # as they stand before the first step
                 for optimizer in self._optimizers():
                     sample.rules |= step_rules(optimizer, sample.subject.name_of)
@@ -415,10 +421,11 @@ class Monitor:
             )
             if self._suspect_was_last:
                 sample.read_coupling_norms(operator, chosen[0], self._generator)
-        if self._plan.interaction:
+        if plan.interaction:
             sample.read_interaction(operator, direction)
-        if self._plan.norms:
+        if plan.norms:
             sample.read_all_coupling_norms(operator, self._generator, bases)
+        sample.blocks_read = True
 
     def _tell(self, notes: list[str]) -> None:
         """Logs what is said about how curvature is measured, each once."""
