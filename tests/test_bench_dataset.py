@@ -113,7 +113,7 @@ def test_a_watched_run_is_measured_sixteen_times_with_room_for_both_steps():
         assert all(b - a >= 2 for a, b in zip(sorted(at), sorted(at)[1:], strict=False))
         if steps >= 60:
             assert len(at) == 16
-            assert sum("spectrum" in turns for turns in at.values()) == 3
-            assert sum("norms" in turns for turns in at.values()) == 2
+            for turn, count in (("spectrum", 2), ("interaction", 3), ("norms", 1)):
+                assert sum(turn in turns for turns in at.values()) == count
     for steps in range(1, 40):
         assert all(step + 1 < steps for step in measuring(steps))

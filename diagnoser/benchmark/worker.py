@@ -32,8 +32,11 @@ from diagnoser.injection import Outcome, Training, assemble, train
 
 POLL_S = 0.02
 FIRST, MEASUREMENTS = 10, 16  # step of the first measurement of a watched run, and how many
-WITH_SPECTRUM = (0, 7, 15)  # of the sixteen
-WITH_NORMS = (0, 7)
+WITH: Mapping[str, tuple[int, ...]] = {  # which of the sixteen
+    "spectrum": (0, 7),
+    "interaction": (0, 7, 15),
+    "norms": (0,),
+}
 LOG_FILE = "log.jsonl"
 
 
@@ -41,16 +44,15 @@ def measuring(steps: int) -> Mapping[int, tuple[str, ...]]:
     """Returns at which steps a watched run is measured, and what beside the usual (`watch`).
 
     Sixteen measurements from step `FIRST` to the end, fewer in a run too short for them. The
-    spectrum of all components takes longer than the whole training, so that three of the sixteen
-    have it, the first, the middle and the last; the first two also have the coupling of all pairs.
+    spectrum of all components takes longer than the whole training, so that two of the sixteen have
+    it, the first and the middle one; the first also has the coupling norms of all pairs.
     """
     last = max(steps - 2, FIRST)
     wanted = [FIRST + round(k * (last - FIRST) / (MEASUREMENTS - 1)) for k in range(MEASUREMENTS)]
     found: dict[int, tuple[str, ...]] = {}
     for k, step in enumerate(wanted):
         if step - 1 not in found and step + 1 < steps:
-            turns = ("spectrum", "interaction") if k in WITH_SPECTRUM else ()
-            found[step] = (*turns, *(("norms",) if k in WITH_NORMS else ()))
+            found[step] = tuple(turn for turn, of in WITH.items() if k in of)
     return found
 
 
