@@ -128,6 +128,43 @@ def test_what_is_usual_depends_on_the_kind_and_is_pooled_for_others(learned):
     assert np.isfinite(reference.excess(unknown)).all()
 
 
+def of_origins(seed: int = 0) -> list[Example]:
+    """Runs of four models: a number tells them apart, another what is wrong in one alone."""
+    rng, made = np.random.default_rng(seed), []
+    for origin, name in enumerate("abcd"):
+        for example in examples(seed=10 * seed + origin, each=20):
+            wrong = float(example.faulty) if origin == 0 else float(rng.random() < 0.5)
+            more = {"size.latest": origin + 0.1 * rng.random(), "of_a_alone.latest": wrong}
+            vectors = replace(example.vectors, run={**example.vectors.run, **more})
+            group = f"{name} {example.group}"
+            made.append(replace(example, vectors=vectors, origin=name, group=group))
+    return made
+
+
+def test_what_tells_models_apart_is_not_learned_from():
+    columns = (*RUN_COLUMNS, "size.latest")
+    learned = fit(of_origins(), columns, COMPONENT_COLUMNS, {})
+    assert "size.latest" not in learned.run_columns
+    assert {"loss_fall.latest", "sharpness.highest"} <= set(learned.run_columns)
+    one = [replace(example, origin="") for example in of_origins()]
+    assert "size.latest" in fit(one, columns, COMPONENT_COLUMNS, {}).run_columns
+
+
+def test_it_is_as_sure_as_it_is_right_about_models_it_never_saw():
+    alone = ("of_a_alone.latest",)
+    only_a = [e for e in of_origins() if e.origin == "a"]
+    within = fit(only_a, alone, COMPONENT_COLUMNS[:1], {})  # one model: groups are held out
+    beyond = fit(of_origins(), alone, COMPONENT_COLUMNS[:1], {})
+    faulty = [e for e in of_origins(seed=1) if e.faulty and e.origin != "a"]
+    healthy = [e for e in of_origins(seed=1) if not e.faulty and e.origin != "a"]
+
+    def brier(judge: Classifier) -> float:
+        said = [(judge.predict(e.vectors).faulty, e.faulty) for e in (*faulty, *healthy)]
+        return float(np.mean([(p - t) ** 2 for p, t in said]))
+
+    assert brier(beyond) < brier(within)
+
+
 # -- what it adds to a diagnosis -------------------------------------------------------------------
 
 

@@ -18,16 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diagnoser.benchmark.results import write_whole
-from diagnoser.classifier import Classifier, Example, Vectors
+from diagnoser.classifier import EXCESS, Classifier, Example, Vectors
 from diagnoser.errors import BenchmarkError
 from diagnoser.table import Array
 
 RUNS_FILE: Final = "examples.parquet"
 COMPONENTS_FILE: Final = "components.parquet"
 BITS: Final = 11  # of a number's digits
-EXCESS: Final = "excess."
 NOTE: Final = b"diagnoser.about"
-TRUTH: Final = ("faulty", "causes", "faults", "blamed", "group", "alarmed")
+TRUTH: Final = ("faulty", "causes", "faults", "blamed", "group", "alarmed", "origin")
 OF_A_COMPONENT: Final = ("example", "name", "kind")
 
 
@@ -95,6 +94,7 @@ def write_examples(directory: Path, examples: Sequence[Example], about: Mapping[
         "faults": [list(e.faults) for e in examples],
         "blamed": [list(e.components) for e in examples],
         "group": [e.group for e in examples],
+        "origin": [e.origin for e in examples],
         "alarmed": [e.alarmed for e in examples],
     }
     for name in run_columns:
@@ -120,7 +120,14 @@ def write_examples(directory: Path, examples: Sequence[Example], about: Mapping[
             content,
             compression="zstd",
             compression_level=19,
-            use_dictionary=["name", "kind", "causes.list.element", "faults.list.element", "group"],
+            use_dictionary=[
+                "name",
+                "kind",
+                "causes.list.element",
+                "faults.list.element",
+                "group",
+                "origin",
+            ],
             use_byte_stream_split=list(numbers),
         )
         write_whole(directory / file, content.getvalue())
@@ -167,6 +174,7 @@ def read_examples(directory: Path) -> tuple[list[Example], dict[str, Any]]:
                 tuple(row["blamed"]),
                 row["group"],
                 alarmed=row["alarmed"],
+                origin=row["origin"],
             )
         )
     return examples, about

@@ -51,6 +51,7 @@ def example(run: Seen) -> Example:
         truth.components,
         group,
         alarmed=alarmed(run),
+        origin=truth.subject,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 
 from diagnoser.classifier.predict import Classifier, Judge, component_rows, run_row
 from diagnoser.classifier.reference import Reference, learn_reference
-from diagnoser.classifier.vectors import Vectors
+from diagnoser.classifier.vectors import EXCESS, Vectors
 from diagnoser.errors import ClassifierError
 from diagnoser.table import Array
 
 FOLDS: Final = 5
 FEWEST_GROUPS: Final = 3
+FEWEST_ORIGINS: Final = 3  # from which on one at a time is held out
+OF_ORIGIN: Final = 0.15  # most of a column's healthy rank variance that may be between origins
 FEWEST_OF_A_CAUSE: Final = 10  # runs
 FALSE_ALARMS: Final = 0.05  # share of healthy runs that the threshold lets through
 LIKELY: Final = 0.5  # the least probability of an alarm
@@ -31,7 +33,8 @@ class Example:
 
     ``components`` are the names (or prefixes) that are right to blame; empty where the fault is the
     whole model's, or there is none. ``group`` keeps twins together in every split. ``alarmed``:
-    the rules call it faulty, whatever the classifier says.
+    the rules call it faulty, whatever the classifier says. ``origin`` is the model and its data:
+    what is to be judged will be of another one.
     """
 
     vectors: Vectors
@@ -41,6 +44,7 @@ class Example:
     components: tuple[str, ...]
     group: str
     alarmed: bool = False
+    origin: str = ""
 
 
 def fit(
@@ -49,7 +53,11 @@ def fit(
     component_columns: Sequence[str],
     about: Mapping[str, Any],
 ) -> Classifier:
-    """Learns verdict, causes and location, each calibrated on runs that were held out by group.
+    """Learns verdict, causes and location, each calibrated on runs that were held out.
+
+    Held out is one origin at a time, so that an answer is as sure as it is right about models never
+    seen; where there are fewer than three, by group. Columns that mostly tell healthy runs of one
+    origin from those of another are left out: beyond their origin they mislead.
 
     Args:
         examples: Runs with their truth; healthy ones among them.
@@ -63,30 +71,34 @@ def fit(
     """
     healthy = [example.vectors for example in examples if not example.faulty]
     groups = np.array([example.group for example in examples])
+    origins = np.array([example.origin for example in examples])
     if len(healthy) < FOLDS or len(set(groups.tolist())) < FEWEST_GROUPS:
         raise ClassifierError(
             f"a classifier needs {FOLDS} healthy runs and {FEWEST_GROUPS} groups of runs; there "
             f"are {len(healthy)} and {len(set(groups.tolist()))}"
         )
+    columns = (*run_columns, *(f"{EXCESS}{name}" for name in component_columns))
     reference = learn_reference(healthy, component_columns)
-    columns = (*run_columns, *(f"excess.{name}" for name in component_columns))
-    excess = [reference.excess(example.vectors) for example in examples]
-    rows = np.array(
-        [
-            run_row(example.vectors, columns, reference, beyond)
-            for example, beyond in zip(examples, excess, strict=True)
-        ]
-    )
+    rows, components = _numbers(examples, columns, reference)
     faulty = np.array([example.faulty for example in examples])
-    verdict, held_out = _calibrated(rows, faulty, groups)
+    steady = ~_tell_origins(rows[~faulty], origins[~faulty])
+    tables = {"": _Table(rows[:, steady], components)}
+    names = sorted(set(origins.tolist()))
+    for origin in names if len(names) >= FEWEST_ORIGINS else ():
+        others = [e.vectors for e in examples if not e.faulty and e.origin != origin]
+        seen = _numbers(examples, columns, learn_reference(others, component_columns))
+        tables[origin] = _Table(seen[0][:, steady], seen[1])
+    source = _Source(groups, origins, tables)
+    verdict, held_out = _calibrated(source, lambda table: table.rows, faulty)
+    rows = tables[""].rows
     return Classifier(
-        run_columns=columns,
+        run_columns=tuple(name for name, kept in zip(columns, steady, strict=True) if kept),
         reference=reference,
         middle=_nan_median(rows[~faulty]),
         range=np.stack([_reduce(rows, np.min), _reduce(rows, np.max)]),
         verdict=verdict,
-        causes=_fit_causes(examples, rows, groups),
-        location=_fit_location(examples, excess, groups),
+        causes=_fit_causes(examples, source),
+        location=_fit_location(examples, source),
         fault_of=_faults(examples),
         threshold=_threshold(
             held_out[~faulty], np.array([e.alarmed for e in examples if not e.faulty])
@@ -134,28 +146,105 @@ def _estimator() -> Any:
     )
 
 
-def _folds(groups: NDArray[Any], truth: NDArray[Any]) -> list[tuple[Any, Any]]:
-    from sklearn.model_selection import StratifiedGroupKFold
+def _tell_origins(rows: Array, origins: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which columns of healthy rows mostly tell their origins apart, (columns,).
 
-    count = min(FOLDS, len(set(groups.tolist())))
-    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=SEED)
-    return list(splitter.split(truth[:, None], truth, groups))
+    The share of the variance of a column's ranks that is between the origins' means.
+    """
+    from scipy.stats import rankdata
+
+    ranks = np.atleast_2d(rankdata(rows, axis=0, nan_policy="omit"))
+    known = ~np.isnan(ranks)
+    count = np.maximum(known.sum(axis=0), 1)
+    centred = np.where(known, ranks - np.nansum(ranks, axis=0) / count, 0.0)
+    between = np.zeros(rows.shape[1])
+    for origin in set(origins.tolist()):
+        own = origins == origin
+        between += centred[own].sum(axis=0) ** 2 / np.maximum(known[own].sum(axis=0), 1)
+    return np.asarray(between > OF_ORIGIN * (centred**2).sum(axis=0))
 
 
-def _calibrated(rows: Array, truth: NDArray[np.bool_], groups: NDArray[Any]) -> tuple[Judge, Array]:
-    """Fits an estimator on all rows, and a sigmoid on what it says of held-out groups.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Table:
+    """Runs as numbers: ``rows`` (runs, columns), and (components, numbers) of each run."""
+
+    rows: Array
+    components: Sequence[Array]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Source:
+    """Where runs come from, and what they look like.
+
+    ``groups`` and ``origins`` are arrays (runs,) of names. ``tables`` holds the runs as all of them
+    make them look (``""``), and as they look beside the healthy runs of all origins but one: what
+    is held out must not have a part in what is usual.
+    """
+
+    groups: NDArray[Any]
+    origins: NDArray[Any]
+    tables: Mapping[str, _Table]
+
+    def folds(self, runs: NDArray[Any], truth: NDArray[Any]) -> Iterator[tuple[Any, Any, _Table]]:
+        """Yields what is learned from, what is held out, and the table of both.
+
+        Args:
+            runs: (rows,) the run of each row.
+            truth: (rows,) what is learned.
+        """
+        from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold
+
+        origins, groups = self.origins[runs], self.groups[runs]
+        if len(self.tables) > 1:
+            splits = list(LeaveOneGroupOut().split(runs[:, None], truth, origins))
+            if all(len(set(truth[learn].tolist())) > 1 for learn, _ in splits):
+                for learn, test in splits:
+                    yield learn, test, self.tables[origins[test[0]]]
+                return
+        count = min(FOLDS, len(set(groups.tolist())))
+        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=SEED)
+        for learn, test in splitter.split(runs[:, None], truth, groups):
+            yield learn, test, self.tables[""]
+
+
+def _numbers(
+    examples: Sequence[Example], columns: tuple[str, ...], reference: Reference
+) -> tuple[Array, list[Array]]:
+    excess = [reference.excess(example.vectors) for example in examples]
+    rows = [
+        run_row(example.vectors, columns, reference, beyond)
+        for example, beyond in zip(examples, excess, strict=True)
+    ]
+    return np.array(rows), [component_rows(beyond) for beyond in excess]
+
+
+def _calibrated(
+    source: _Source,
+    rows_of: Callable[[_Table], Array],
+    truth: NDArray[np.bool_],
+    runs: NDArray[Any] | None = None,
+) -> tuple[Judge, Array]:
+    """Fits an estimator on all rows, and a sigmoid on what it says of rows held out.
+
+    Args:
+        source: Where the runs come from.
+        rows_of: Takes what is learned from out of a table, (rows, numbers).
+        truth: (rows,) what is learned.
+        runs: (rows,) the run of each row; each row is one if left out.
 
     Returns:
-        The judge, and the calibrated probability of each row while its group was held out.
+        The judge, and the calibrated probability of each row while it was held out.
     """
     from sklearn.linear_model import LogisticRegression
 
-    score = np.full(len(rows), np.nan)
-    for learn, test in _folds(groups, truth):
+    score = np.full(len(truth), np.nan)
+    runs = np.arange(len(truth)) if runs is None else runs
+    for learn, test, table in source.folds(runs, truth):
+        rows = rows_of(table)
         estimator, columns = _fitted(rows[learn], truth[learn])
         score[test] = estimator.decision_function(rows[test][:, columns])
     sigmoid = LogisticRegression(C=1.0).fit(score[:, None], truth)
-    estimator, columns = _fitted(rows, truth)
+    estimator, columns = _fitted(rows_of(source.tables[""]), truth)
     judge = Judge(estimator, columns, float(sigmoid.coef_[0, 0]), float(sigmoid.intercept_[0]))
     return judge, np.asarray(sigmoid.predict_proba(score[:, None])[:, 1])
 
@@ -166,17 +255,20 @@ def _fitted(rows: Array, truth: NDArray[np.bool_]) -> tuple[Any, NDArray[np.int6
     return _estimator().fit(rows[:, columns], truth), columns
 
 
-def _fit_causes(examples: Sequence[Example], rows: Array, groups: NDArray[Any]) -> dict[str, Judge]:
+def _fit_causes(examples: Sequence[Example], source: _Source) -> dict[str, Judge]:
     """One estimator a cause, among faulty runs: several can hold at once."""
-    faulty = np.array([example.faulty for example in examples])
+    faulty = [i for i, example in enumerate(examples) if example.faulty]
     found = sorted({cause for example in examples for cause in example.causes})
     fitted = {}
     for cause in found:
-        truth = np.array([cause in example.causes for example in examples])
-        if truth[faulty].all():
+        truth = np.array([cause in examples[i].causes for i in faulty])
+        if truth.all():
             raise ClassifierError(f"all faulty runs have {cause}: there is no cause to tell apart")
-        if truth.sum() >= FEWEST_OF_A_CAUSE and len(set(groups[truth].tolist())) > 1:
-            fitted[cause], _ = _calibrated(rows[faulty], truth[faulty], groups[faulty])
+        groups = set(source.groups[faulty][truth].tolist())
+        if truth.sum() >= FEWEST_OF_A_CAUSE and len(groups) > 1:
+            fitted[cause], _ = _calibrated(
+                source, lambda t: t.rows[faulty], truth, np.array(faulty)
+            )
     return fitted
 
 
@@ -189,21 +281,21 @@ def _faults(examples: Sequence[Example]) -> dict[str, str]:
     return {cause: of.most_common(1)[0][0] for cause, of in sorted(counts.items()) if of}
 
 
-def _fit_location(
-    examples: Sequence[Example], excess: Sequence[Array], groups: NDArray[Any]
-) -> Judge:
+def _fit_location(examples: Sequence[Example], source: _Source) -> Judge:
     """One estimator over components: is it one of those to blame?"""
-    rows, truth, group = [], [], []
-    for example, beyond, key in zip(examples, excess, groups, strict=True):
-        if example.faulty and not example.components:
-            continue  # the whole model's: no component is to blame, and none is acquitted
-        rows.append(component_rows(beyond))
-        right = [to_blame(name, example.components) for name in example.vectors.names]
-        truth += right
-        group += [key] * len(right)
-    if not any(truth):
+    # Of a fault of the whole model no component is to blame, and none is acquitted.
+    asked = [i for i, e in enumerate(examples) if not e.faulty or e.components]
+    blamed = [
+        [to_blame(name, examples[i].components) for name in examples[i].vectors.names]
+        for i in asked
+    ]
+    truth = np.array([right for of_run in blamed for right in of_run], dtype=bool)
+    if not truth.any():
         raise ClassifierError("no faulty run says which component is to blame: none can be found")
-    judge, _ = _calibrated(np.concatenate(rows), np.array(truth), np.array(group))
+    runs = np.repeat(asked, [len(of_run) for of_run in blamed])
+    judge, _ = _calibrated(
+        source, lambda t: np.concatenate([t.components[i] for i in asked]), truth, runs
+    )
     return judge
 
 

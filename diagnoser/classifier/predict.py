@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagnoser.classifier.reference import Reference
-from diagnoser.classifier.vectors import Vectors, matrix
+from diagnoser.classifier.vectors import EXCESS, Vectors, matrix
 from diagnoser.table import Array
 from diagnoser.vocabulary import MODEL
 
@@ -136,7 +136,7 @@ class Classifier:
 def run_row(of: Vectors, columns: tuple[str, ...], reference: Reference, excess: Array) -> Array:
     """Returns a run's numbers in the order of ``columns``, (columns,); NaN where there is none."""
     furthest = {
-        f"excess.{name}": value
+        f"{EXCESS}{name}": value
         for name, value in zip(reference.columns, _furthest(excess), strict=True)
     }
     return np.asarray(matrix([{**of.run, **furthest}], columns)[0])

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from diagnoser.classifier.predict import Classifier, Prediction, Reason
-from diagnoser.classifier.vectors import Vectors
+from diagnoser.classifier.vectors import EXCESS, Vectors
 from diagnoser.types import Cause, Checked, Evidence, Finding, Unknown
 from diagnoser.vocabulary import MODEL
 
 SOURCE: Final = "classifier"
 CAUSES_NAMED: Final = 3
-EXCESS: Final = "excess."
 
 
 @dataclass(frozen=True, slots=True)

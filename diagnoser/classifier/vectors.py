@@ -18,6 +18,7 @@ import numpy as np
 from diagnoser.table import Array, Scope, Table
 
 LATEST: Final = 3  # known values whose median is the latest
+EXCESS: Final = "excess."  # how far the furthest component is beyond the healthy, in a run's row
 OF_SERIES: Final = ("latest", "lowest", "highest")
 
 
