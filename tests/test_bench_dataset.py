@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,13 @@ from bench_subjects import SMALL, harm_of
 
 from diagnoser.benchmark import dataset
 from diagnoser.benchmark.configuration import Configuration, content_hash
-from diagnoser.benchmark.dataset import PREFIXES, Look, cut, features, recording_of, truths
+from diagnoser.benchmark.dataset import PREFIXES, Look, features, recording_of, truths
 from diagnoser.benchmark.plan import make_plan
 from diagnoser.benchmark.results import Store
 from diagnoser.benchmark.worker import measuring, run
+from diagnoser.classifier import EARLIER, Vectors, vectors
+from diagnoser.diagnosis import vectors_of
+from diagnoser.features import feature_tables
 
 MISTAKE = Configuration(
     subject="line",
@@ -49,13 +54,24 @@ def same(ours: list[Look], theirs: list[Look]) -> None:
         assert [getattr(a, name) for a in ours] == [getattr(b, name) for b in theirs]
     for a, b in zip(ours, theirs, strict=True):
         assert repr(a.opinions) == repr(b.opinions)
-        assert (a.vectors.names, a.vectors.kinds) == (b.vectors.names, b.vectors.kinds)
-        for mine, other in ((a.vectors.run, b.vectors.run), (a.deepfd, b.deepfd)):
-            assert set(mine) == set(other)
-            for name in mine:
-                np.testing.assert_equal(mine[name], other[name], err_msg=name)
-        for name, values in a.vectors.components.items():
-            np.testing.assert_array_equal(values, b.vectors.components[name], err_msg=name)
+        same_numbers(a.deepfd, b.deepfd)
+        same_vectors(a.vectors, b.vectors)
+
+
+def same_vectors(ours: Vectors, theirs: Vectors) -> None:
+    assert (ours.names, ours.kinds) == (theirs.names, theirs.kinds)
+    same_numbers(ours.run, theirs.run)
+    for name, values in ours.components.items():
+        np.testing.assert_array_equal(values, theirs.components[name], err_msg=name)
+    assert len(ours.earlier) in {0, len(EARLIER)}
+    for mine, other in zip(ours.earlier, theirs.earlier, strict=True):
+        same_vectors(mine, other)
+
+
+def same_numbers(ours: Mapping[str, float], theirs: Mapping[str, float]) -> None:
+    for name in ours.keys() | theirs.keys():  # what was never known of any run has no column
+        mine, other = ours.get(name, math.nan), theirs.get(name, math.nan)
+        np.testing.assert_equal(mine, other, err_msg=name)
 
 
 def test_what_was_computed_is_read_again_number_for_number(store, tmp_path, monkeypatch):
@@ -65,6 +81,17 @@ def test_what_was_computed_is_read_again_number_for_number(store, tmp_path, monk
     ]
     monkeypatch.setattr(dataset, "compute", lambda *_: pytest.fail("it is there already"))
     same(looks(store, tmp_path), computed)
+
+
+def test_the_classifier_sees_of_a_whole_run_what_a_diagnosis_shows_it(store, tmp_path):
+    (whole, *_) = [look for look in looks(store, tmp_path) if look.prefix == 1.0]
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    recording = recording_of(store.log_path("watched", DIGEST, 0).read_bytes(), folder)
+    same_vectors(whole.vectors, vectors_of(recording, feature_tables(recording)))
+    assert len(whole.vectors.earlier) == len(EARLIER)
+    half = recording.part(0.5)
+    same_vectors(whole.vectors.earlier[1], vectors(feature_tables(half)))
 
 
 def test_other_code_or_a_damaged_file_computes_them_again(store, tmp_path):
@@ -79,10 +106,10 @@ def test_the_first_part_of_a_run_knows_nothing_of_the_rest(store, tmp_path):
     (tmp_path / "whole").mkdir()
     packed = store.log_path("watched", DIGEST, 0).read_bytes()
     whole = recording_of(packed, tmp_path / "whole")
-    half = cut(whole, 0.5)
+    half = whole.part(0.5)
     assert half.losses.step.tolist() == list(range(20)) and half.ending is None
     assert half.measurements.step.max() <= 19
-    assert cut(whole, 1.0) is whole
+    assert whole.part(1.0) is whole
 
 
 def test_a_look_is_made_of_numbers_without_names_and_steps(store, tmp_path):

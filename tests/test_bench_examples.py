@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,7 +26,11 @@ from diagnoser.errors import BenchmarkError
 
 @pytest.fixture(scope="module")
 def kept():
-    return [rounded(e, RUN_COLUMNS, COMPONENT_COLUMNS) for e in made_examples()]
+    made = made_examples()
+    for i in range(0, len(made), 2):  # of every second run something earlier was to be seen
+        vectors = replace(made[i].vectors, earlier=(made[i].vectors, made[i - 1].vectors))
+        made[i] = replace(made[i], vectors=vectors, origin=f"model {i % 3}")
+    return [rounded(e, RUN_COLUMNS, COMPONENT_COLUMNS) for e in made]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,8 @@ def test_what_is_learned_again_from_the_files_says_the_same(tmp_path, kept, lear
     read, about = read_examples(tmp_path)
     assert about == {"runs": 7}
     assert columns_of(read) == (RUN_COLUMNS, COMPONENT_COLUMNS)
+    assert [e.origin for e in read] == [e.origin for e in kept]
+    assert [len(e.vectors.earlier) for e in read] == [2, 0] * (len(kept) // 2)
     again = fit(read, *columns_of(read), about)
     for example in kept:
         assert again.predict(example.vectors) == learned.predict(example.vectors)

@@ -109,6 +109,25 @@ def test_noise_has_the_columns_of_what_it_replaces_no_gaps_and_no_information(se
     assert [r.look.vectors.run for r in again] == [r.look.vectors.run for r in noisy]
 
 
+def test_noise_and_other_runs_are_also_in_what_was_seen_earlier(seen):
+    early = [
+        replace(run, look=replace(run.look, vectors=replace(v, earlier=(v, v))))
+        for run in seen
+        for v in [run.look.vectors]
+    ]
+    columns = columns_of_runs(seen), columns_of_components(seen)
+    name = "model_step_sharpness.highest"
+    for changed in (with_noise(early, {"L"}, *columns), permuted(early, {"H"})):
+        moved = 0
+        for before, after in zip(early, changed, strict=True):
+            now = after.look.vectors
+            assert len(now.earlier) == 2
+            for moment in now.earlier:
+                assert moment.run["loss_fall.latest"] == before.look.vectors.run["loss_fall.latest"]
+                moved += moment.run[name] != before.look.vectors.run[name]
+        assert moved > len(seen)
+
+
 def test_nothing_is_replaced_where_nothing_is_left_out(seen):
     same = with_noise(seen, FAMILIES, columns_of_runs(seen), columns_of_components(seen))
     assert [r.look.vectors.run for r in same] == [r.look.vectors.run for r in seen]

@@ -108,6 +108,47 @@ def test_a_run_of_which_nothing_is_known_is_not_judged(learned):
     assert learned.predict(Vectors({}, {}, (), ())).abstains
 
 
+def test_a_run_is_judged_by_all_that_was_to_be_seen_of_it(learned):
+    rng = np.random.default_rng(8)
+    sharp, calm = (made_run(rng, cause, 1) for cause in ("learning_rate_too_high", ""))
+    first, last = learned.predict(sharp), learned.predict(calm)
+    both = learned.predict(replace(calm, earlier=(sharp,)))
+    assert last.faulty < both.faulty < first.faulty
+
+    def log_odds(p: float) -> float:
+        return float(np.log(p / (1.0 - p)))
+
+    assert log_odds(both.faulty) == pytest.approx(
+        (log_odds(first.faulty) + log_odds(last.faulty)) / 2, abs=1e-6
+    )
+    place = dict(both.components)[NAMES[1]]
+    assert dict(last.components)[NAMES[1]] < place < dict(first.components)[NAMES[1]]
+    assert sum(reason.moved for reason in both.reasons) != 0.0
+
+
+def test_what_was_hardly_known_earlier_or_of_other_components_has_no_say(learned):
+    calm = made_run(np.random.default_rng(8), "", None)
+    nothing = Vectors({}, {name: np.full(5, np.nan) for name in COMPONENT_COLUMNS}, NAMES, KINDS)
+    for earlier in (nothing, Vectors({}, {}, (), ())):
+        said = learned.predict(replace(calm, earlier=(earlier,)))
+        assert said.faulty == learned.predict(calm).faulty
+
+
+def test_calibration_is_that_of_runs_seen_at_several_times():
+    made = []
+    for example in examples():
+        earlier = (example.vectors, example.vectors)
+        made.append(replace(example, vectors=replace(example.vectors, earlier=earlier)))
+    learned = fit(made, RUN_COLUMNS, COMPONENT_COLUMNS, {})
+    once = fit(examples(), RUN_COLUMNS, COMPONENT_COLUMNS, {})
+    for example in examples(seed=1, each=5):
+        # The same thing seen three times is no more sure than seen once.
+        thrice = replace(example.vectors, earlier=(example.vectors, example.vectors))
+        assert learned.predict(thrice).faulty == pytest.approx(
+            once.predict(example.vectors).faulty, abs=1e-6
+        )
+
+
 def test_what_moved_a_verdict_is_named(learned):
     rng = np.random.default_rng(5)
     hot = made_run(rng, "learning_rate_too_high", None)

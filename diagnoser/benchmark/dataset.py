@@ -15,7 +15,7 @@ import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,7 +38,7 @@ from diagnoser.benchmark.harm import OK, Harm
 from diagnoser.benchmark.jobs import Mode
 from diagnoser.benchmark.plan import Item
 from diagnoser.benchmark.results import Store, write_whole
-from diagnoser.classifier import Vectors, vectors
+from diagnoser.classifier import EARLIER, Vectors, vectors
 from diagnoser.diagnosis import Claim, claims, default_rules
 from diagnoser.features import feature_tables
 from diagnoser.injection import places
@@ -55,7 +55,9 @@ CODE: Final = (
     *("features", "classifier/vectors.py", "table.py", "rules", "diagnosis", "runlog"),
     *("benchmark/baselines.py", "benchmark/harm.py"),
 )
-IDENTITY: Final = ("seed", "prefix", "claims", "opinions", "deepfd")  # columns of no feature
+SAID: Final = ("claims", "opinions", "deepfd")
+IDENTITY: Final = ("seed", "prefix", "part", *SAID)  # columns of no feature
+WHOLE: Final = 1.0  # of a look; parts of it are those of `EARLIER`
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,27 +182,22 @@ def recording_of(packed: bytes, folder: Path) -> Recording:
     return read_run(folder)
 
 
-def cut(recording: Recording, prefix: float) -> Recording:
-    """Returns a recording as it was after a share of its steps; whole, it keeps its ending."""
-    if prefix >= 1.0:
-        return recording
-    steps = int(recording.losses.step[-1]) + 1 if len(recording.losses.step) else 0
-    return recording.until(max(round(prefix * steps) - 1, 0))
-
-
 def compute(log: Path, mode: Mode, seed: int, folder: Path) -> list[Look]:
     """Looks at a run at each prefix."""
     whole, rules = recording_of(log.read_bytes(), folder), default_rules()
-    found = []
+    found, earlier = [], {}
     for prefix in PREFIXES:
-        recording = cut(whole, prefix)
+        recording = whole.part(prefix)
         tables = feature_tables(recording)
+        for share in (prefix * part for part in EARLIER):
+            if share not in earlier:
+                earlier[share] = vectors(feature_tables(whole.part(share)))
         found.append(
             Look(
                 mode,
                 seed,
                 prefix,
-                vectors(tables),
+                replace(vectors(tables), earlier=tuple(earlier[prefix * part] for part in EARLIER)),
                 claims(tables, recording, rules),
                 opinions(recording),
                 deepfd_features(recording),
@@ -269,16 +266,19 @@ def _write(
 ) -> None:
     runs, components = [], []
     for look in found:
-        of, key = look.vectors, {"seed": look.seed, "prefix": look.prefix}
         said = {
             "claims": json.dumps([dataclasses.astuple(claim) for claim in look.claims]),
             "opinions": json.dumps({k: dataclasses.astuple(v) for k, v in look.opinions.items()}),
             "deepfd": json.dumps(dict(look.deepfd)),
         }
-        runs.append({**key, **said, **of.run})
-        for i, (name, kind) in enumerate(zip(of.names, of.kinds, strict=True)):
-            numbers = {column: float(values[i]) for column, values in of.components.items()}
-            components.append({**key, "name": name, "kind": kind, **numbers})
+        parts = (*look.vectors.earlier, look.vectors)
+        for part, of in zip((*EARLIER, WHOLE), parts, strict=True):
+            key = {"seed": look.seed, "prefix": look.prefix, "part": part}
+            of_part = said if part == WHOLE else dict.fromkeys(SAID)
+            runs.append({**key, **of_part, **of.run})
+            for i, (name, kind) in enumerate(zip(of.names, of.kinds, strict=True)):
+                numbers = {column: float(values[i]) for column, values in of.components.items()}
+                components.append({**key, "name": name, "kind": kind, **numbers})
     for path, rows in zip(paths, (runs, components), strict=True):
         content = io.BytesIO()
         table = pa.Table.from_pylist(rows).replace_schema_metadata(dict(note))
@@ -301,14 +301,26 @@ def _read(paths: tuple[Path, Path], mode: Mode, note: Mapping[str, str]) -> list
 
 
 def _looks(mode: Mode, runs: pa.Table, components: pa.Table) -> Iterator[Look]:
-    columns = [c for c in components.column_names if c not in {"seed", "prefix", "name", "kind"}]
+    of_row = ("seed", "prefix", "part")
+    columns = [c for c in components.column_names if c not in {*of_row, "name", "kind"}]
     numbers = {c: components[c].to_numpy(zero_copy_only=False).astype(float) for c in columns}
     names, kinds = components["name"].to_pylist(), components["kind"].to_pylist()
-    at: dict[tuple[int, float], list[int]] = {}
-    keys = zip(components["seed"].to_pylist(), components["prefix"].to_pylist(), strict=True)
+    at: dict[tuple[float, ...], list[int]] = {}
+    keys = zip(*(components[name].to_pylist() for name in of_row), strict=True)
     for i, key in enumerate(keys):
         at.setdefault(key, []).append(i)
+    earlier: list[Vectors] = []
     for row in runs.to_pylist():
+        own = np.array(at.get(tuple(row[name] for name in of_row), []), dtype=int)
+        of = Vectors(
+            {name: _number(value) for name, value in row.items() if name not in IDENTITY},
+            {c: values[own] for c, values in numbers.items()},
+            tuple(names[i] for i in own),
+            tuple(kinds[i] for i in own),
+        )
+        if row["part"] != WHOLE:
+            earlier.append(of)
+            continue
         claimed = [
             Claim(rule, severity, component, since, tuple(causes), tuple(under) if under else None)
             for rule, severity, component, since, causes, under in json.loads(row["claims"])
@@ -318,22 +330,16 @@ def _looks(mode: Mode, runs: pa.Table, components: pa.Table) -> Iterator[Look]:
             name: Opinion(faulty, score, tuple(causes), tuple(components))
             for name, (faulty, score, causes, components) in said.items()
         }
-        own = np.array(at.get((row["seed"], row["prefix"]), []), dtype=int)
-        of = Vectors(
-            {name: _number(value) for name, value in row.items() if name not in IDENTITY},
-            {c: values[own] for c, values in numbers.items()},
-            tuple(names[i] for i in own),
-            tuple(kinds[i] for i in own),
-        )
         yield Look(
             mode,
             int(row["seed"]),
             float(row["prefix"]),
-            of,
+            replace(of, earlier=tuple(earlier)),
             tuple(claimed),
             others,
             json.loads(row["deepfd"]),
         )
+        earlier = []
 
 
 def _number(value: Any) -> float:

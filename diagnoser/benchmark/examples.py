@@ -1,4 +1,4 @@
-"""What a classifier learns from as two small files: one row a look at a run, one a component.
+"""What a classifier learns from as two small files: one row a moment of a run, one a component.
 
 Only the columns that matter are kept, and of every number eleven bits: enough to learn from, and a
 tenth of the size. What is kept is what is learned from, so that learning again gives the same.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -26,8 +26,8 @@ RUNS_FILE: Final = "examples.parquet"
 COMPONENTS_FILE: Final = "components.parquet"
 BITS: Final = 11  # of a number's digits
 NOTE: Final = b"diagnoser.about"
-TRUTH: Final = ("faulty", "causes", "faults", "blamed", "group", "alarmed", "origin")
-OF_A_COMPONENT: Final = ("example", "name", "kind")
+TRUTH: Final = ("last", "faulty", "causes", "faults", "blamed", "group", "alarmed", "origin")
+OF_A_COMPONENT: Final = ("moment", "name", "kind")
 
 
 def influential(
@@ -60,19 +60,22 @@ def _first(gains: Mapping[str, float], count: int) -> tuple[str, ...]:
 
 
 def rounded(
-    example: Example, run_columns: Iterable[str], component_columns: Iterable[str]
+    example: Example, run_columns: Sequence[str], component_columns: Sequence[str]
 ) -> Example:
     """Returns an example with these columns alone, each number to `BITS` bits."""
-    of = example.vectors
-    absent = np.full(len(of.names), np.nan)
-    run = np.array([of.run.get(name, np.nan) for name in run_columns])
-    vectors = Vectors(
-        dict(zip(run_columns, _rounded(run).tolist(), strict=True)),
-        {name: _rounded(of.components.get(name, absent)) for name in component_columns},
-        of.names,
-        of.kinds,
-    )
-    return replace(example, vectors=vectors)
+
+    def of(vectors: Vectors) -> Vectors:
+        absent = np.full(len(vectors.names), np.nan)
+        run = np.array([vectors.run.get(name, np.nan) for name in run_columns])
+        return Vectors(
+            dict(zip(run_columns, _rounded(run).tolist(), strict=True)),
+            {n: _rounded(vectors.components.get(n, absent)) for n in component_columns},
+            vectors.names,
+            vectors.kinds,
+            tuple(map(of, vectors.earlier)),
+        )
+
+    return replace(example, vectors=of(example.vectors))
 
 
 def columns_of(examples: Sequence[Example]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -88,25 +91,27 @@ def write_examples(directory: Path, examples: Sequence[Example], about: Mapping[
         BenchmarkError: They cannot be written.
     """
     run_columns, component_columns = columns_of(examples)
+    moments = [(e, of) for e in examples for of in (*e.vectors.earlier, e.vectors)]
     runs: dict[str, Any] = {
-        "faulty": [e.faulty for e in examples],
-        "causes": [list(e.causes) for e in examples],
-        "faults": [list(e.faults) for e in examples],
-        "blamed": [list(e.components) for e in examples],
-        "group": [e.group for e in examples],
-        "origin": [e.origin for e in examples],
-        "alarmed": [e.alarmed for e in examples],
+        "last": [of is e.vectors for e, of in moments],
+        "faulty": [e.faulty for e, _ in moments],
+        "causes": [list(e.causes) for e, _ in moments],
+        "faults": [list(e.faults) for e, _ in moments],
+        "blamed": [list(e.components) for e, _ in moments],
+        "group": [e.group for e, _ in moments],
+        "origin": [e.origin for e, _ in moments],
+        "alarmed": [e.alarmed for e, _ in moments],
     }
     for name in run_columns:
-        runs[name] = np.array([e.vectors.run[name] for e in examples], dtype=np.float32)
-    sizes = [len(e.vectors.names) for e in examples]
+        runs[name] = np.array([of.run[name] for _, of in moments], dtype=np.float32)
+    sizes = [len(of.names) for _, of in moments]
     components: dict[str, Any] = {
-        "example": np.repeat(np.arange(len(examples), dtype=np.int32), sizes),
-        "name": pa.array([n for e in examples for n in e.vectors.names]).dictionary_encode(),
-        "kind": pa.array([k for e in examples for k in e.vectors.kinds]).dictionary_encode(),
+        "moment": np.repeat(np.arange(len(moments), dtype=np.int32), sizes),
+        "name": pa.array([n for _, of in moments for n in of.names]).dictionary_encode(),
+        "kind": pa.array([k for _, of in moments for k in of.kinds]).dictionary_encode(),
     }
     for name in component_columns:
-        values = [e.vectors.components[name] for e in examples]
+        values = [of.components[name] for _, of in moments]
         components[name] = np.concatenate(values).astype(np.float32)
     for file, columns, numbers in (
         (RUNS_FILE, runs, run_columns),
@@ -154,9 +159,10 @@ def read_examples(directory: Path) -> tuple[list[Example], dict[str, Any]]:
     component_columns = [name for name in components.column_names if name not in OF_A_COMPONENT]
     numbers = {name: _numbers(components[name]) for name in component_columns}
     names, kinds = components["name"].to_pylist(), components["kind"].to_pylist()
-    ends = np.searchsorted(components["example"].to_numpy(), np.arange(runs.num_rows + 1))
+    ends = np.searchsorted(components["moment"].to_numpy(), np.arange(runs.num_rows + 1))
     of_runs = {name: _numbers(runs[name]) for name in run_columns}
     examples = []
+    earlier: list[Vectors] = []
     for i, row in enumerate(runs.select(TRUTH).to_pylist()):
         own = slice(int(ends[i]), int(ends[i + 1]))
         vectors = Vectors(
@@ -165,9 +171,12 @@ def read_examples(directory: Path) -> tuple[list[Example], dict[str, Any]]:
             tuple(names[own]),
             tuple(kinds[own]),
         )
+        if not row["last"]:
+            earlier.append(vectors)
+            continue
         examples.append(
             Example(
-                vectors,
+                replace(vectors, earlier=tuple(earlier)),
                 row["faulty"],
                 tuple(row["causes"]),
                 tuple(row["faults"]),
@@ -177,6 +186,7 @@ def read_examples(directory: Path) -> tuple[list[Example], dict[str, Any]]:
                 origin=row["origin"],
             )
         )
+        earlier = []
     return examples, about
 
 

@@ -73,17 +73,23 @@ def with_noise(
         look = run.look
         which = (seed, run.truth.hash, look.mode, look.seed, look.prefix)
         rng = np.random.default_rng(_number(which))
-        of = look.vectors
-        drawn = dict(zip(run_noise, rng.standard_normal(len(run_noise)).tolist(), strict=True))
-        parts = rng.standard_normal((len(component_noise), len(of.names)))
-        vectors = Vectors(
-            {**of.run, **drawn},
-            {**of.components, **dict(zip(component_noise, parts, strict=True))},
-            of.names,
-            of.kinds,
-        )
+        vectors = _noisy(look.vectors, run_noise, component_noise, rng)
         found.append(replace(run, look=replace(look, vectors=vectors)))
     return found
+
+
+def _noisy(
+    of: Vectors, run: Sequence[str], component: Sequence[str], rng: np.random.Generator
+) -> Vectors:
+    drawn = dict(zip(run, rng.standard_normal(len(run)).tolist(), strict=True))
+    parts = rng.standard_normal((len(component), len(of.names)))
+    return Vectors(
+        {**of.run, **drawn},
+        {**of.components, **dict(zip(component, parts, strict=True))},
+        of.names,
+        of.kinds,
+        tuple(_noisy(moment, run, component, rng) for moment in of.earlier),
+    )
 
 
 def permuted(seen: Sequence[Seen], families: Collection[str], seed: int = 0) -> list[Seen]:
@@ -98,17 +104,24 @@ def permuted(seen: Sequence[Seen], families: Collection[str], seed: int = 0) -> 
     found = list(seen)
     for members in groups.values():
         for i, j in zip(members, rng.permutation(members).tolist(), strict=True):
-            own, other = seen[i].look.vectors, seen[j].look.vectors
-            rows = rng.integers(max(len(other.names), 1), size=len(own.names))
-            numbers = _others(own.run, families)
-            numbers.update((n, v) for n, v in other.run.items() if family_of(n) in families)
-            parts = _others(own.components, families)
-            if len(other.names):
-                taken = ((n, v) for n, v in other.components.items() if family_of(n) in families)
-                parts.update((n, v[rows]) for n, v in taken)
-            vectors = Vectors(numbers, parts, own.names, own.kinds)
+            vectors = _mixed(seen[i].look.vectors, seen[j].look.vectors, families, rng)
             found[i] = replace(seen[i], look=replace(seen[i].look, vectors=vectors))
     return found
+
+
+def _mixed(
+    own: Vectors, other: Vectors, families: Collection[str], rng: np.random.Generator
+) -> Vectors:
+    rows = rng.integers(max(len(other.names), 1), size=len(own.names))
+    numbers = _others(own.run, families)
+    numbers.update((n, v) for n, v in other.run.items() if family_of(n) in families)
+    parts = _others(own.components, families)
+    if len(other.names):
+        taken = ((n, v) for n, v in other.components.items() if family_of(n) in families)
+        parts.update((n, v[rows]) for n, v in taken)
+    earlier = zip(own.earlier, other.earlier, strict=True)
+    mixed = tuple(_mixed(before, others, families, rng) for before, others in earlier)
+    return Vectors(numbers, parts, own.names, own.kinds, mixed)
 
 
 def _others(columns: Mapping[str, T], families: Collection[str]) -> dict[str, T]:

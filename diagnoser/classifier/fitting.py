@@ -10,7 +10,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from diagnoser.classifier.predict import Classifier, Judge, component_rows, run_row
+from diagnoser.classifier.predict import (
+    Classifier,
+    Judge,
+    component_rows,
+    enough_known,
+    run_row,
+)
 from diagnoser.classifier.reference import Reference, learn_reference
 from diagnoser.classifier.vectors import EXCESS, Vectors
 from diagnoser.errors import ClassifierError
@@ -79,31 +85,35 @@ def fit(
         )
     columns = (*run_columns, *(f"{EXCESS}{name}" for name in component_columns))
     reference = learn_reference(healthy, component_columns)
-    rows, components = _numbers(examples, columns, reference)
     faulty = np.array([example.faulty for example in examples])
-    steady = ~_tell_origins(rows[~faulty], origins[~faulty])
-    tables = {"": _Table(rows[:, steady], components)}
+    whole = _rows([example.vectors for example in examples], columns, reference)
+    steady = ~_tell_origins(whole[~faulty], origins[~faulty])
+    columns = tuple(name for name, kept in zip(columns, steady, strict=True) if kept)
+    whole = whole[:, steady]
+    least_known = float(np.quantile((~np.isnan(whole)).mean(axis=1), 1.0 - UNFAMILIAR)) / 2.0
+
+    moments = _moments(examples, columns, reference, least_known)
+    tables = {"": _table(moments, columns, reference)}
     names = sorted(set(origins.tolist()))
     for origin in names if len(names) >= FEWEST_ORIGINS else ():
         others = [e.vectors for e in examples if not e.faulty and e.origin != origin]
-        seen = _numbers(examples, columns, learn_reference(others, component_columns))
-        tables[origin] = _Table(seen[0][:, steady], seen[1])
+        tables[origin] = _table(moments, columns, learn_reference(others, component_columns))
     source = _Source(groups, origins, tables)
-    verdict, held_out = _calibrated(source, lambda table: table.rows, faulty)
-    rows = tables[""].rows
+    verdict, held_out = _fit_verdict(moments, source, faulty)
     return Classifier(
-        run_columns=tuple(name for name, kept in zip(columns, steady, strict=True) if kept),
+        run_columns=columns,
         reference=reference,
-        middle=_nan_median(rows[~faulty]),
-        range=np.stack([_reduce(rows, np.min), _reduce(rows, np.max)]),
+        middle=_nan_median(whole[~faulty]),
+        range=np.stack([_reduce(whole, np.min), _reduce(whole, np.max)]),
         verdict=verdict,
-        causes=_fit_causes(examples, source),
-        location=_fit_location(examples, source),
+        causes=_fit_causes(examples, moments, source),
+        location=_fit_location(examples, moments, source),
         fault_of=_faults(examples),
         threshold=_threshold(
             held_out[~faulty], np.array([e.alarmed for e in examples if not e.faulty])
         ),
-        **_familiarity(rows, groups),
+        most_unfamiliar=_most_unfamiliar(whole, groups if len(tables) == 1 else origins),
+        least_known=least_known,
         about=dict(about),
     )
 
@@ -165,18 +175,56 @@ def _tell_origins(rows: Array, origins: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _Moment:
+    """What was to be seen of an example at one time; learned from is the ``last`` one alone."""
+
+    run: int  # position among the examples
+    of: Vectors
+    last: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Table:
-    """Runs as numbers: ``rows`` (runs, columns), and (components, numbers) of each run."""
+    """Moments as numbers: ``rows`` (moments, columns), and (components, numbers) of each."""
 
     rows: Array
     components: Sequence[Array]
+
+
+def _moments(
+    examples: Sequence[Example], columns: tuple[str, ...], reference: Reference, least: float
+) -> list[_Moment]:
+    """Returns the moments of examples that `Classifier.predict` would judge them by."""
+    found = []
+    for i, example in enumerate(examples):
+        of = (*example.vectors.earlier, example.vectors)
+        enough = enough_known(_rows(of, columns, reference), least)
+        found += [
+            _Moment(i, moment, moment is example.vectors)
+            for moment, kept in zip(of, enough, strict=True)
+            if kept
+        ]
+    return found
+
+
+def _rows(of: Sequence[Vectors], columns: tuple[str, ...], reference: Reference) -> Array:
+    return np.array([run_row(each, columns, reference, reference.excess(each)) for each in of])
+
+
+def _table(moments: Sequence[_Moment], columns: tuple[str, ...], reference: Reference) -> _Table:
+    excess = [reference.excess(moment.of) for moment in moments]
+    rows = [
+        run_row(moment.of, columns, reference, beyond)
+        for moment, beyond in zip(moments, excess, strict=True)
+    ]
+    return _Table(np.array(rows), [component_rows(beyond) for beyond in excess])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Source:
     """Where runs come from, and what they look like.
 
-    ``groups`` and ``origins`` are arrays (runs,) of names. ``tables`` holds the runs as all of them
+    ``groups`` and ``origins`` are arrays (runs,) of names. ``tables`` holds the moments as all runs
     make them look (``""``), and as they look beside the healthy runs of all origins but one: what
     is held out must not have a part in what is usual.
     """
@@ -186,11 +234,11 @@ class _Source:
     tables: Mapping[str, _Table]
 
     def folds(self, runs: NDArray[Any], truth: NDArray[Any]) -> Iterator[tuple[Any, Any, _Table]]:
-        """Yields what is learned from, what is held out, and the table of both.
+        """Yields which units are learned from, which are held out, and the table of both.
 
         Args:
-            runs: (rows,) the run of each row.
-            truth: (rows,) what is learned.
+            runs: (units,) the run of each.
+            truth: (units,) what is learned.
         """
         from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold
 
@@ -207,69 +255,106 @@ class _Source:
             yield learn, test, self.tables[""]
 
 
-def _numbers(
-    examples: Sequence[Example], columns: tuple[str, ...], reference: Reference
-) -> tuple[Array, list[Array]]:
-    excess = [reference.excess(example.vectors) for example in examples]
-    rows = [
-        run_row(example.vectors, columns, reference, beyond)
-        for example, beyond in zip(examples, excess, strict=True)
-    ]
-    return np.array(rows), [component_rows(beyond) for beyond in excess]
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    """What is learned: of units (runs, or components of them) whether something is true.
+
+    A unit has a row at each moment; ``unit`` (rows,) is which one's, ``learned`` (rows,) whether it
+    is learned from. ``truth`` and ``runs`` are arrays (units,).
+    """
+
+    rows_of: Callable[[_Table], Array]
+    unit: NDArray[np.int64]
+    learned: NDArray[np.bool_]
+    truth: NDArray[np.bool_]
+    runs: NDArray[np.int64]
 
 
-def _calibrated(
-    source: _Source,
-    rows_of: Callable[[_Table], Array],
-    truth: NDArray[np.bool_],
-    runs: NDArray[Any] | None = None,
-) -> tuple[Judge, Array]:
-    """Fits an estimator on all rows, and a sigmoid on what it says of rows held out.
-
-    Args:
-        source: Where the runs come from.
-        rows_of: Takes what is learned from out of a table, (rows, numbers).
-        truth: (rows,) what is learned.
-        runs: (rows,) the run of each row; each row is one if left out.
+def _calibrated(task: _Task, source: _Source) -> tuple[Judge, Array]:
+    """Fits an estimator on all rows, and a sigmoid on what it says of units held out.
 
     Returns:
-        The judge, and the calibrated probability of each row while it was held out.
+        The judge, and the calibrated probability of each unit while it was held out.
     """
     from sklearn.linear_model import LogisticRegression
 
-    score = np.full(len(truth), np.nan)
-    runs = np.arange(len(truth)) if runs is None else runs
-    for learn, test, table in source.folds(runs, truth):
-        rows = rows_of(table)
-        estimator, columns = _fitted(rows[learn], truth[learn])
-        score[test] = estimator.decision_function(rows[test][:, columns])
-    sigmoid = LogisticRegression(C=1.0).fit(score[:, None], truth)
-    estimator, columns = _fitted(rows_of(source.tables[""]), truth)
+    score = np.zeros(len(task.truth))
+    for learn, test, table in source.folds(task.runs, task.truth):
+        rows = task.rows_of(table)
+        estimator, columns = _fitted(rows, task, np.isin(task.unit, learn))
+        held_out = np.isin(task.unit, test)
+        said = estimator.decision_function(rows[held_out][:, columns])
+        score += np.bincount(task.unit[held_out], said, len(score))
+    score /= np.bincount(task.unit, minlength=len(score))
+    sigmoid = LogisticRegression(C=1.0).fit(score[:, None], task.truth)
+    everything = np.ones(len(task.unit), dtype=bool)
+    estimator, columns = _fitted(task.rows_of(source.tables[""]), task, everything)
     judge = Judge(estimator, columns, float(sigmoid.coef_[0, 0]), float(sigmoid.intercept_[0]))
     return judge, np.asarray(sigmoid.predict_proba(score[:, None])[:, 1])
 
 
-def _fitted(rows: Array, truth: NDArray[np.bool_]) -> tuple[Any, NDArray[np.int64]]:
+def _fitted(rows: Array, task: _Task, chosen: NDArray[np.bool_]) -> tuple[Any, NDArray[np.int64]]:
     """Fits on the columns that are known of at least two rows."""
-    columns = np.flatnonzero((~np.isnan(rows)).sum(axis=0) >= 2)
-    return _estimator().fit(rows[:, columns], truth), columns
+    learned = chosen & task.learned
+    own = rows[learned]
+    columns = np.flatnonzero((~np.isnan(own)).sum(axis=0) >= 2)
+    return _estimator().fit(own[:, columns], task.truth[task.unit[learned]]), columns
 
 
-def _fit_causes(examples: Sequence[Example], source: _Source) -> dict[str, Judge]:
+def _fit_verdict(
+    moments: Sequence[_Moment], source: _Source, faulty: NDArray[np.bool_]
+) -> tuple[Judge, Array]:
+    run = np.array([moment.run for moment in moments])
+    last = np.array([moment.last for moment in moments])
+    task = _Task(lambda table: table.rows, run, last, faulty, np.arange(len(faulty)))
+    return _calibrated(task, source)
+
+
+def _fit_causes(
+    examples: Sequence[Example], moments: Sequence[_Moment], source: _Source
+) -> dict[str, Judge]:
     """One estimator a cause, among faulty runs: several can hold at once."""
-    faulty = [i for i, example in enumerate(examples) if example.faulty]
+    runs = [i for i, example in enumerate(examples) if example.faulty]
+    rows = [k for k, moment in enumerate(moments) if examples[moment.run].faulty]
+    unit = np.searchsorted(runs, [moments[k].run for k in rows])
+    last = np.array([moments[k].last for k in rows])
     found = sorted({cause for example in examples for cause in example.causes})
     fitted = {}
     for cause in found:
-        truth = np.array([cause in examples[i].causes for i in faulty])
+        truth = np.array([cause in examples[run].causes for run in runs])
         if truth.all():
             raise ClassifierError(f"all faulty runs have {cause}: there is no cause to tell apart")
-        groups = set(source.groups[faulty][truth].tolist())
+        groups = set(source.groups[runs][truth].tolist())
         if truth.sum() >= FEWEST_OF_A_CAUSE and len(groups) > 1:
-            fitted[cause], _ = _calibrated(
-                source, lambda t: t.rows[faulty], truth, np.array(faulty)
-            )
+            task = _Task(lambda table: table.rows[rows], unit, last, truth, np.array(runs))
+            fitted[cause], _ = _calibrated(task, source)
     return fitted
+
+
+def _fit_location(
+    examples: Sequence[Example], moments: Sequence[_Moment], source: _Source
+) -> Judge:
+    """One estimator over components: is it one of those to blame?"""
+    # Of a fault of the whole model no component is to blame, and none is acquitted.
+    asked = [i for i, e in enumerate(examples) if not e.faulty or e.components]
+    names = {i: examples[i].vectors.names for i in asked}
+    sizes = [len(names[i]) for i in asked]
+    begin = dict(zip(asked, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
+    truth = np.array([to_blame(n, examples[i].components) for i in asked for n in names[i]])
+    if not truth.any():
+        raise ClassifierError("no faulty run says which component is to blame: none can be found")
+    seen = [k for k, m in enumerate(moments) if names.get(m.run) == m.of.names and m.of.names]
+    unit = [begin[moments[k].run] + j for k in seen for j in range(len(moments[k].of.names))]
+    last = np.repeat([moments[k].last for k in seen], [len(moments[k].of.names) for k in seen])
+    task = _Task(
+        lambda table: np.concatenate([table.components[k] for k in seen]),
+        np.array(unit),
+        last,
+        truth,
+        np.repeat(asked, sizes),
+    )
+    judge, _ = _calibrated(task, source)
+    return judge
 
 
 def _faults(examples: Sequence[Example]) -> dict[str, str]:
@@ -281,24 +366,6 @@ def _faults(examples: Sequence[Example]) -> dict[str, str]:
     return {cause: of.most_common(1)[0][0] for cause, of in sorted(counts.items()) if of}
 
 
-def _fit_location(examples: Sequence[Example], source: _Source) -> Judge:
-    """One estimator over components: is it one of those to blame?"""
-    # Of a fault of the whole model no component is to blame, and none is acquitted.
-    asked = [i for i, e in enumerate(examples) if not e.faulty or e.components]
-    blamed = [
-        [to_blame(name, examples[i].components) for name in examples[i].vectors.names]
-        for i in asked
-    ]
-    truth = np.array([right for of_run in blamed for right in of_run], dtype=bool)
-    if not truth.any():
-        raise ClassifierError("no faulty run says which component is to blame: none can be found")
-    runs = np.repeat(asked, [len(of_run) for of_run in blamed])
-    judge, _ = _calibrated(
-        source, lambda t: np.concatenate([t.components[i] for i in asked]), truth, runs
-    )
-    return judge
-
-
 def to_blame(name: str, components: Sequence[str]) -> bool:
     """Whether a component is one of those named, or a part of one."""
     return any(
@@ -306,8 +373,8 @@ def to_blame(name: str, components: Sequence[str]) -> bool:
     )
 
 
-def _familiarity(rows: Array, groups: NDArray[Any]) -> dict[str, float]:
-    """Returns what share outside the learned range, and what share of known numbers, is usual."""
+def _most_unfamiliar(rows: Array, groups: NDArray[Any]) -> float:
+    """Returns what share of a run's known numbers may lie beyond all that others have."""
     outside = []
     for group in sorted(set(groups.tolist())):
         own, others = rows[groups == group], rows[groups != group]
@@ -315,10 +382,7 @@ def _familiarity(rows: Array, groups: NDArray[Any]) -> dict[str, float]:
         known = ~np.isnan(own)
         beyond = known & ((own < low) | (own > high))
         outside += (beyond.sum(axis=1) / np.maximum(known.sum(axis=1), 1)).tolist()
-    return {
-        "most_unfamiliar": float(np.quantile(outside, UNFAMILIAR)),
-        "least_known": float(np.quantile((~np.isnan(rows)).mean(axis=1), 1.0 - UNFAMILIAR)) / 2.0,
-    }
+    return float(np.quantile(outside, UNFAMILIAR))
 
 
 def _nan_median(rows: Array) -> Array:

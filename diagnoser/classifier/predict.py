@@ -60,12 +60,19 @@ class Judge:
     slope: float
     intercept: float
 
-    def probability(self, rows: Array) -> Array:
-        """Returns calibrated probabilities of rows (rows, columns), (rows,)."""
+    def score(self, rows: Array) -> Array:
+        """Returns what the estimator says of rows (rows, columns), (rows,); any number."""
         if not len(rows):
             return np.empty(0)
-        score = self.estimator.decision_function(rows[:, self.columns])
+        return np.asarray(self.estimator.decision_function(rows[:, self.columns]))
+
+    def calibrated(self, score: Array) -> Array:
+        """Returns the probability that a score, or the mean of several, stands for."""
         return np.asarray(1.0 / (1.0 + np.exp(-(self.slope * score + self.intercept))))
+
+    def probability(self, rows: Array) -> Array:
+        """Returns calibrated probabilities of rows (rows, columns), (rows,)."""
+        return self.calibrated(self.score(rows))
 
     def gains(self) -> dict[int, float]:
         """Returns, by column, the share of the gain of all splits that are on it."""
@@ -102,15 +109,33 @@ class Classifier:
     about: Mapping[str, Any]  # how it was made: versions, digests, sizes
 
     def predict(self, of: Vectors, *, explain: bool = True) -> Prediction:
-        """Judges a run; what moved the verdict takes most of the time, and can be left out."""
-        excess = self.reference.excess(of)
-        row = run_row(of, self.run_columns, self.reference, excess)[None]
-        known = ~np.isnan(row[0])
-        outside = known & ((row[0] < self.range[0]) | (row[0] > self.range[1]))
+        """Judges a run by the mean of what is said of it at all moments of which enough is known.
+
+        What moved the verdict takes most of the time, and can be left out.
+        """
+        moments = (*of.earlier, of)
+        excess = [self.reference.excess(moment) for moment in moments]
+        rows = np.array(
+            [
+                run_row(moment, self.run_columns, self.reference, beyond)
+                for moment, beyond in zip(moments, excess, strict=True)
+            ]
+        )
+        last, known = rows[-1], ~np.isnan(rows[-1])
+        outside = known & ((last < self.range[0]) | (last > self.range[1]))
         unfamiliar = float(outside.sum() / known.sum()) if known.any() else 0.0
-        faulty = float(self.verdict.probability(row)[0])
-        causes = [(name, float(judge.probability(row)[0])) for name, judge in self.causes.items()]
-        scores = self.location.probability(component_rows(excess))
+        rows = rows[enough_known(rows, self.least_known)]
+        faulty = float(self.verdict.calibrated(self.verdict.score(rows).mean()))
+        causes = [
+            (name, float(judge.calibrated(judge.score(rows).mean())))
+            for name, judge in self.causes.items()
+        ]
+        parts = [
+            self.location.score(component_rows(beyond))
+            for moment, beyond in zip(moments, excess, strict=True)
+            if moment.names == of.names
+        ]
+        scores = self.location.calibrated(np.mean(parts, axis=0))
         placed = zip(of.names, scores.tolist(), strict=True)
         return Prediction(
             faulty,
@@ -118,19 +143,30 @@ class Classifier:
             tuple(sorted(placed, key=lambda pair: (-pair[1], pair[0]))),
             unfamiliar,
             unfamiliar > self.most_unfamiliar or float(known.mean()) < self.least_known,
-            self._reasons(row[0], faulty) if explain else (),
+            self._reasons(rows, faulty) if explain else (),
         )
 
-    def _reasons(self, row: Array, faulty: float) -> tuple[Reason, ...]:
-        """What the verdict would be with each number at its healthy middle, one at a time."""
-        changed = np.tile(row, (len(row), 1))
-        np.fill_diagonal(changed, self.middle)
-        moved = _log_odds(faulty) - _log_odds(self.verdict.probability(changed))
+    def _reasons(self, rows: Array, faulty: float) -> tuple[Reason, ...]:
+        """What the verdict would be with a column at its healthy middle, one at a time."""
+        row = rows[-1]
+        score = np.zeros(len(row))
+        for moment in rows:
+            changed = np.tile(moment, (len(row), 1))
+            np.fill_diagonal(changed, self.middle)
+            score += self.verdict.score(changed) / len(rows)
+        moved = _log_odds(faulty) - _log_odds(self.verdict.calibrated(score))
         moved[np.isnan(row)] = 0.0
         order = np.argsort(-moved if faulty >= self.threshold else moved, kind="stable")[:REASONS]
         return tuple(
             Reason(self.run_columns[i], float(row[i]), float(moved[i])) for i in order if moved[i]
         )
+
+
+def enough_known(rows: Array, least: float) -> NDArray[np.bool_]:
+    """Which moments (rows, columns) of a run to judge it by: those known well, and the last."""
+    enough = (~np.isnan(rows)).mean(axis=1) >= least
+    enough[-1] = True
+    return np.asarray(enough)
 
 
 def run_row(of: Vectors, columns: tuple[str, ...], reference: Reference, excess: Array) -> Array:

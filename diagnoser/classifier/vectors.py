@@ -1,10 +1,10 @@
 """A run as numbers that a classifier learns from: one row for the run, one for each component.
 
-Every feature's series is summed up by its latest value (median of the last three that are known),
-its lowest and its highest; a component's latest values also relative to the median component. The
-run's row holds its own features, and of those of components and pairs the lowest, the median and
-the highest. Nothing here knows step counts, sizes, names or how long a series is (law 8); what was
-not measured, or does not apply, is NaN and stays NaN (law 3).
+Every feature's series is summed up by its early and its latest value (median of the first and of
+the last three that are known), its lowest and its highest; a component's latest values also
+relative to the median component. The run's row holds its own features, and of those of components
+and pairs the lowest, the median and the highest. Nothing here knows step counts, sizes, names or
+how long a series is (law 8); what was not measured, or does not apply, is NaN and stays so (law 3).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import numpy as np
 
 from diagnoser.table import Array, Scope, Table
 
-LATEST: Final = 3  # known values whose median is the latest
+AT_ONE_TIME: Final = 3  # known values whose median is the early or the latest one
+EARLIER: Final = (0.25, 0.5)  # shares of a run at which it is also looked at
 EXCESS: Final = "excess."  # how far the furthest component is beyond the healthy, in a run's row
-OF_SERIES: Final = ("latest", "lowest", "highest")
+OF_SERIES: Final = ("early", "latest", "lowest", "highest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +28,15 @@ class Vectors:
     """What the classifier sees of a run.
 
     ``run`` maps column names to numbers; ``components`` maps them to arrays (C,), one number for
-    each of ``names``, whose kinds are ``kinds``.
+    each of ``names``, whose kinds are ``kinds``. ``earlier`` is what was to be seen at the shares
+    `EARLIER` of the same run: healthy or not, everything shrinks where a training set is fitted.
     """
 
     run: Mapping[str, float]
     components: Mapping[str, Array]
     names: tuple[str, ...]
     kinds: tuple[str, ...]
+    earlier: tuple[Vectors, ...] = ()
 
 
 def vectors(tables: Mapping[Scope, Table]) -> Vectors:
@@ -66,7 +69,7 @@ def component_matrix(of: Vectors, columns: Sequence[str]) -> Array:
 
 
 def _summaries(table: Table) -> dict[str, Array]:
-    """Returns ``feature.latest``, ``.lowest`` and ``.highest`` of every subject, (subjects,)."""
+    """Returns ``feature.early``, ``.latest``, ``.lowest``, ``.highest`` of all subjects, (S,)."""
     result: dict[str, Array] = {}
     for name, column in table.columns.items():
         values = column.value
@@ -75,25 +78,23 @@ def _summaries(table: Table) -> dict[str, Array]:
     return result
 
 
-def _of_series(values: Array) -> tuple[Array, Array, Array]:
-    latest = np.full(len(values), np.nan)
-    lowest, highest = latest.copy(), latest.copy()
+def _of_series(values: Array) -> Array:
+    result = np.full((len(OF_SERIES), len(values)), np.nan)
     for i, row in enumerate(values):
         known = row[~np.isnan(row)]
         if len(known):
-            latest[i] = np.median(known[-LATEST:])
-            lowest[i], highest[i] = known.min(), known.max()
-    return latest, lowest, highest
+            early, latest = np.median(known[:AT_ONE_TIME]), np.median(known[-AT_ONE_TIME:])
+            result[:, i] = early, latest, known.min(), known.max()
+    return result
 
 
 def _across(values: Array, kind: str) -> float:
-    """Returns the lowest of the lowest, the highest of the highest, the median of the latest."""
+    """Returns the lowest of the lowest, the highest of the highest, the median of the others."""
     known = values[~np.isnan(values)]
     if not len(known):
         return float("nan")
-    if kind == "latest":
-        return float(np.median(known))
-    return float(known.min() if kind == "lowest" else known.max())
+    of = {"lowest": np.min, "highest": np.max}.get(kind, np.median)
+    return float(of(known))
 
 
 def _relative(values: Array) -> Array:

@@ -7,7 +7,7 @@ from diagnoser.diagnosis.defaults import (
     default_rules,
     judges,
 )
-from diagnoser.diagnosis.diagnosing import claims, diagnose
+from diagnoser.diagnosis.diagnosing import claims, diagnose, vectors_of
 from diagnoser.diagnosis.merging import (
     Claim,
     is_grave,
@@ -30,5 +30,6 @@ __all__ = [
     "places_in_order",
     "ranked",
     "suspicion",
+    "vectors_of",
     "votes_of",
 ]

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
-from diagnoser.classifier import Classifier, say, vectors
+from diagnoser.classifier import EARLIER, Classifier, Vectors, say, vectors
 from diagnoser.diagnosis.merging import Claim, is_grave, ranked, votes_of
 from diagnoser.features import feature_tables
 from diagnoser.rules import (
@@ -70,7 +70,7 @@ def diagnose(
     prediction, adds = None, False
     if classifier is not None:
         steps = tuple(tables["run"].steps.tolist())
-        said = say(classifier, vectors(tables), steps)
+        said = say(classifier, vectors_of(recording, tables), steps)
         unknown += (said.unknown,) if said.unknown is not None else ()
         checked += (said.checked,) if said.checked is not None else ()
         if said.finding is not None:
@@ -109,6 +109,17 @@ def diagnose(
         checked=checked,
         cost=_cost(recording),
     )
+
+
+def vectors_of(recording: Recording, tables: Mapping[Scope, Table]) -> Vectors:
+    """Returns what the classifier sees of a run, now and at earlier shares of it.
+
+    Args:
+        recording: The run.
+        tables: Its feature tables.
+    """
+    parts = [feature_tables(recording.part(share)) for share in EARLIER]
+    return replace(vectors(tables), earlier=tuple(map(vectors, parts)))
 
 
 def claims(

@@ -177,6 +177,13 @@ class Recording:
             ending=None,
         )
 
+    def part(self, share: float) -> Recording:
+        """Returns the recording as it was after a share of its steps; whole, with its ending."""
+        if share >= 1.0:
+            return self
+        steps = int(self.losses.step[-1]) + 1 if len(self.losses.step) else 0
+        return self.until(max(round(share * steps) - 1, 0))
+
     def frame(self) -> Any:
         """Returns the measurements as a pandas DataFrame, names as categories.
 
