@@ -118,6 +118,14 @@ KNOWN = {
         {"model": [0.2, 0.225, 0.25, 0.6]},
     ),
     "median_adaptive_step": case(ADAPTIVE, {"model": [1.0]}),
+    "highest_adaptive_step": case(
+        {
+            "update_norm": {"a.query": [2 * math.sqrt(20), 4 * math.sqrt(20), math.sqrt(20)]},
+            "learning_rate": {"a.query": [2, 2, 1]},
+            "moment_ratio": {"a.query": [1, 1, 1]},
+        },
+        {"model": [1, 2, 2]},
+    ),
     "learning_rate_to_peak": case(
         {"learning_rate": {"a.query": [1, 2, 1], "b.query": [2, 4, 1], "head": [None, None, 3]}},
         {"model": [1, 1, 0.5]},
@@ -437,12 +445,14 @@ WITH_UNIT_OF_LOSS = {
     # Of optimizers alone whose learning rate has the unit of the weights and no other.
     "adaptive_step": 1,
     "median_adaptive_step": 1,
+    "highest_adaptive_step": 1,
 }
 WITH_UNIT_OF_WEIGHTS = {
     "initial_weight_scale": 1,
     "first_gradient_norm": -1,
     "adaptive_step": -1,
     "median_adaptive_step": -1,
+    "highest_adaptive_step": -1,
 }
 
 SHARES = (  # quantities between 0 and 1

@@ -178,6 +178,14 @@ FEATURES: Final[Mapping[str, Entry]] = {
             "median over components of their adaptive step",
         ),
         entry(
+            "highest_adaptive_step",
+            "run",
+            f.highest_adaptive_step,
+            ("update_norm", "learning_rate", "moment_ratio"),
+            "highest median adaptive step so far: 0.23 is what noise alone makes with a first "
+            "average of 0.9",
+        ),
+        entry(
             "learning_rate_to_peak",
             "run",
             f.learning_rate_to_peak,

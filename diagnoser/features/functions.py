@@ -218,6 +218,10 @@ def median_adaptive_step(s: Source) -> Column:
     return Column.exact(median_over_components(adaptive_step(s).value))
 
 
+def highest_adaptive_step(s: Source) -> Column:
+    return Column.exact(np.fmax.accumulate(median_adaptive_step(s).value, axis=1))
+
+
 def gradient_to_median(s: Source) -> Column:
     size = root_mean_squares(s, "gradient_norm")
     median = median_over_components(np.where(size > 0, size, np.nan))
