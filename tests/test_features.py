@@ -195,9 +195,9 @@ KNOWN = {
         {"trainable": {"embed": [0, 1], "a.query": [0, 0], "b.query": [1, 1], "head": [0, 0]}},
         {"embed": [1, 0], "a.query": [1, 0], "b.query": [0, 0], "head": [0, 0]},
     ),
-    "learning_rate_to_median": case(
-        {"learning_rate": {"embed": [0.1], "a.query": [0.2], "head": [0.8]}},
-        {"embed": [0.5], "a.query": [1], "head": [4]},
+    "learning_rate_to_quartile": case(
+        {"learning_rate": {"embed": [0.1], "a.query": [0.3], "head": [0.8]}},
+        {"embed": [0.5], "a.query": [1.5], "head": [4]},
     ),
     # components: gradients, weights, updates
     "gradient_to_start": case(

@@ -348,11 +348,11 @@ FEATURES: Final[Mapping[str, Entry]] = {
             high=1,
         ),
         entry(
-            "learning_rate_to_median",
+            "learning_rate_to_quartile",
             "component",
-            f.learning_rate_to_median,
+            f.learning_rate_to_quartile,
             ("learning_rate",),
-            "learning rate over the median component's",
+            "learning rate over the lower quartile of the components'",
         ),
         # components: gradients, weights, updates
         entry(

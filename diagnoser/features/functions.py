@@ -63,13 +63,13 @@ def first_known(values: Array) -> Array:
     return result
 
 
-def median_over_components(values: Array) -> Array:
-    """Median over the components that are known at a step; (1, steps)."""
+def median_over_components(values: Array, quantile: float = 0.5) -> Array:
+    """Median, or another quantile, over the components that are known at a step; (1, steps)."""
     result = np.full((1, values.shape[1]), np.nan)
     for i, column in enumerate(values.T):
         known = column[~np.isnan(column)]
         if len(known):
-            result[0, i] = np.median(known)
+            result[0, i] = np.quantile(known, quantile)
     return result
 
 
@@ -256,9 +256,10 @@ def since_peak_share(s: Source) -> Column:
     return Column.exact(((s.steps - begun) / (s.steps + 1.0))[np.newaxis])
 
 
-def learning_rate_to_median(s: Source) -> Column:
+def learning_rate_to_quartile(s: Source) -> Column:
+    """Not to the median: where half of a model has a rate of its own, that is the median."""
     rate = s.component("learning_rate").value
-    return Column.exact(quotient(rate, broadcast(median_over_components(rate), s)))
+    return Column.exact(quotient(rate, broadcast(median_over_components(rate, 0.25), s)))
 
 
 def gradient_to_start(s: Source) -> Column:
