@@ -6,10 +6,11 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.benchmark_document import RESTORED, calibrations, harms
-from benchmarks.outcomes import SIZE, read_runs
+from benchmarks.outcomes import BENCH, SIZE, WATCHED, read_runs, scored_items
 from diagnoser.benchmark.configuration import catalogue
 from diagnoser.benchmark.execute import Resources, execute
 from diagnoser.benchmark.harm import Harm, judge
@@ -39,6 +40,21 @@ def test_the_runs_are_of_this_code_and_the_verdicts_follow_from_them(items, comm
     again = judge([item.judged() for item in items], runs, FLOORS)
     assert [repr(harm) for harm in again] == [repr(harm) for harm in harms()]
     assert not [harm for harm in committed.values() if harm.harm == "incomplete"]
+
+
+@pytest.mark.slow
+def test_logs_are_kept_of_all_scored_runs_of_a_subject_and_made_by_this_code():
+    plan = make_plan(KNOWN, SIZE)
+    scored = scored_items(plan, harms(), KNOWN)
+    kept = [path for mode in WATCHED for path in (BENCH / mode).glob("*.parquet")]
+    assert kept
+    for path in kept:
+        of = scored[path.stem]
+        mode = path.parent.name
+        table = pq.read_table(path, columns=["hash", "seed", "status"])
+        runs = list(zip(*(table[name].to_pylist() for name in ("hash", "seed")), strict=True))
+        assert sorted(runs) == sorted((i.hash, seed) for i in of for seed in i.seeds(mode))
+        assert set(table["status"].to_pylist()) == {"ok"}
 
 
 def test_every_subject_has_mistakes_that_do_harm_and_hardly_any_is_obvious(committed):
