@@ -64,13 +64,11 @@ RESULT: Final = Path(__file__).parent / "results" / "ablation.json"
 CONFIGURATIONS: Final = ("L", "LG", "LGA", "LGH", "LGAH", "H")
 IN_TURN: Final = "training subjects in turn"
 PRIMARY, SECONDARY = ("LGAH", "LGA"), ("LGH", "LG")
-# The claim's own rules: columns of a run, of which each has to be known, and what they come to.
+# The claim's own rules: columns of components, of which each has to be known of some, and what the
+# lowest or highest of them come to.
 CLAIMS: Final[Mapping[str, tuple[tuple[str, ...], Callable[..., float]]]] = {
-    "a trace estimate is negative": (("component.trace_z.lowest",), lambda z: float(z < 0.0)),
-    "a trace is negative by two errors": (
-        ("component.trace_z.lowest",),
-        lambda z: float(z < -2.0),
-    ),
+    "a trace estimate is negative": (("trace_z.lowest",), lambda z: float(z < 0.0)),
+    "a trace is negative by two errors": (("trace_z.lowest",), lambda z: float(z < -2.0)),
     "coupling over curvature": (("pair.coupling_to_curvature.highest",), float),
     "coupling along the step": (
         ("pair.coupling_share.lowest", "pair.coupling_share.highest"),
@@ -263,7 +261,13 @@ def claims(store: Store, whole: Sequence[Seen]) -> dict[str, Figure | None]:
 
 def claimed(run: Seen, columns: Sequence[str], rule: Callable[..., float]) -> float:
     """Returns what a rule comes to on a run; NaN where one of its columns is not known."""
-    values = [run.look.vectors.run.get(column, math.nan) for column in columns]
+    of = run.look.vectors.components
+    values = []
+    for column in columns:
+        numbers = of.get(column, np.empty(0))
+        known = numbers[~np.isnan(numbers)]
+        furthest = np.min if column.endswith(".lowest") else np.max
+        values.append(float(furthest(known)) if len(known) else math.nan)
     return math.nan if any(math.isnan(value) for value in values) else rule(*values)
 
 

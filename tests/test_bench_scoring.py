@@ -239,7 +239,7 @@ def test_every_feature_is_in_the_family_of_what_it_is_measured_from():
     for name, feature in CATALOGUE.items():
         of = set(feature.quantities)
         family = family_of(
-            {"run": "", "component": "component.", "pair": "pair."}[feature.scope] + name
+            {"run": "", "component": "excess.", "pair": "excess.pair."}[feature.scope] + name
         )
         assert (family == "H") == bool(of & CURVATURE), name
         assert (family == "A") == bool(of & FORWARD), name

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 
 from diagnoser.classifier import Classifier, Example, Vectors, fit, load, save, to_blame
 from diagnoser.classifier.fitting import _threshold
+from diagnoser.classifier.predict import component_rows
 from diagnoser.classifier.reference import learn_reference
 from diagnoser.classifier.saying import say
 from diagnoser.errors import ClassifierError
@@ -149,6 +151,16 @@ def test_calibration_is_that_of_runs_seen_at_several_times():
         )
 
 
+@given(arrays(float, array_shapes(min_dims=2, max_dims=2, min_side=0), elements=st.floats(-9, 9)))
+def test_a_component_is_compared_with_the_median_of_those_that_are_known(excess):
+    excess[excess > 5.0] = np.nan
+    far = component_rows(excess)[:, excess.shape[1] :]
+    for column, own in zip(excess.T, far.T, strict=True):
+        known = column[~np.isnan(column)]
+        middle = np.median(known) if len(known) else np.nan
+        np.testing.assert_allclose(own, column - middle)
+
+
 def test_what_moved_a_verdict_is_named(learned):
     rng = np.random.default_rng(5)
     hot = made_run(rng, "learning_rate_too_high", None)
@@ -170,25 +182,16 @@ def test_what_is_usual_depends_on_the_kind_and_is_pooled_for_others(learned):
 
 
 def of_origins(seed: int = 0) -> list[Example]:
-    """Runs of four models: a number tells them apart, another what is wrong in one alone."""
+    """Runs of four models: a number tells what is wrong in one of them alone."""
     rng, made = np.random.default_rng(seed), []
     for origin, name in enumerate("abcd"):
         for example in examples(seed=10 * seed + origin, each=20):
             wrong = float(example.faulty) if origin == 0 else float(rng.random() < 0.5)
-            more = {"size.latest": origin + 0.1 * rng.random(), "of_a_alone.latest": wrong}
+            more = {"of_a_alone.latest": wrong}
             vectors = replace(example.vectors, run={**example.vectors.run, **more})
             group = f"{name} {example.group}"
             made.append(replace(example, vectors=vectors, origin=name, group=group))
     return made
-
-
-def test_what_tells_models_apart_is_not_learned_from():
-    columns = (*RUN_COLUMNS, "size.latest")
-    learned = fit(of_origins(), columns, COMPONENT_COLUMNS, {})
-    assert "size.latest" not in learned.run_columns
-    assert {"loss_fall.latest", "sharpness.highest"} <= set(learned.run_columns)
-    one = [replace(example, origin="") for example in of_origins()]
-    assert "size.latest" in fit(one, columns, COMPONENT_COLUMNS, {}).run_columns
 
 
 def test_it_is_as_sure_as_it_is_right_about_models_it_never_saw():

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 import numpy as np
 
 from diagnoser.benchmark.dataset import Seen
-from diagnoser.classifier import Vectors
+from diagnoser.classifier import EXCESS, PAIR, Vectors
 
 T = TypeVar("T")
 
@@ -26,10 +26,12 @@ OF_CURVATURE: Final = (
 def family_of(column: str) -> str:
     """Returns the family of features that a column of `Vectors` belongs to.
 
-    >>> family_of("component.step_sharpness.highest"), family_of("loss_fall.latest")
-    ('H', 'L')
+    >>> family_of("excess.step_sharpness.highest"), family_of("excess.pair.coupling_share.lowest")
+    ('H', 'H')
+    >>> family_of("loss_fall.latest"), family_of("attention_entropy.early")
+    ('L', 'A')
     """
-    name = column.removeprefix("component.").removeprefix("pair.").removeprefix("excess.")
+    name = column.removeprefix(EXCESS).removeprefix(PAIR)
     if name.startswith(OF_LOSS):
         return "L"
     if name.startswith(OF_CURVATURE):

@@ -9,11 +9,12 @@ from diagnoser.classifier.fitting import Example, fit, fitted_rows, to_blame
 from diagnoser.classifier.predict import Classifier, Prediction, Reason
 from diagnoser.classifier.saying import Said, say
 from diagnoser.classifier.store import load, save, shipped_classifier, verify
-from diagnoser.classifier.vectors import EARLIER, EXCESS, Vectors, vectors
+from diagnoser.classifier.vectors import EARLIER, EXCESS, PAIR, Vectors, vectors
 
 __all__ = [
     "EARLIER",
     "EXCESS",
+    "PAIR",
     "Classifier",
     "Example",
     "Prediction",

@@ -25,7 +25,6 @@ from diagnoser.table import Array
 FOLDS: Final = 5
 FEWEST_GROUPS: Final = 3
 FEWEST_ORIGINS: Final = 3  # from which on one at a time is held out
-OF_ORIGIN: Final = 0.15  # most of a column's healthy rank variance that may be between origins
 FEWEST_OF_A_CAUSE: Final = 10  # runs
 FALSE_ALARMS: Final = 0.05  # share of healthy runs that the threshold lets through
 LIKELY: Final = 0.5  # the least probability of an alarm
@@ -62,8 +61,7 @@ def fit(
     """Learns verdict, causes and location, each calibrated on runs that were held out.
 
     Held out is one origin at a time, so that an answer is as sure as it is right about models never
-    seen; where there are fewer than three, by group. Columns that mostly tell healthy runs of one
-    origin from those of another are left out: beyond their origin they mislead.
+    seen; where there are fewer than three, by group.
 
     Args:
         examples: Runs with their truth; healthy ones among them.
@@ -87,9 +85,6 @@ def fit(
     reference = learn_reference(healthy, component_columns)
     faulty = np.array([example.faulty for example in examples])
     whole = _rows([example.vectors for example in examples], columns, reference)
-    steady = ~_tell_origins(whole[~faulty], origins[~faulty])
-    columns = tuple(name for name, kept in zip(columns, steady, strict=True) if kept)
-    whole = whole[:, steady]
     least_known = float(np.quantile((~np.isnan(whole)).mean(axis=1), 1.0 - UNFAMILIAR)) / 2.0
 
     moments = _moments(examples, columns, reference, least_known)
@@ -145,33 +140,15 @@ def _estimator() -> Any:
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     return HistGradientBoostingClassifier(
-        learning_rate=0.1,
-        max_iter=80,
+        learning_rate=0.05,
+        max_iter=150,
         max_leaf_nodes=8,
-        min_samples_leaf=10,
+        min_samples_leaf=40,
         l2_regularization=1.0,
-        max_features=0.3,
+        max_features=0.1,
         early_stopping=False,
         random_state=SEED,
     )
-
-
-def _tell_origins(rows: Array, origins: NDArray[Any]) -> NDArray[np.bool_]:
-    """Which columns of healthy rows mostly tell their origins apart, (columns,).
-
-    The share of the variance of a column's ranks that is between the origins' means.
-    """
-    from scipy.stats import rankdata
-
-    ranks = np.atleast_2d(rankdata(rows, axis=0, nan_policy="omit"))
-    known = ~np.isnan(ranks)
-    count = np.maximum(known.sum(axis=0), 1)
-    centred = np.where(known, ranks - np.nansum(ranks, axis=0) / count, 0.0)
-    between = np.zeros(rows.shape[1])
-    for origin in set(origins.tolist()):
-        own = origins == origin
-        between += centred[own].sum(axis=0) ** 2 / np.maximum(known[own].sum(axis=0), 1)
-    return np.asarray(between > OF_ORIGIN * (centred**2).sum(axis=0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,10 +162,13 @@ class _Moment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Table:
-    """Moments as numbers: ``rows`` (moments, columns), and (components, numbers) of each."""
+    """Moments as numbers: ``rows`` (moments, columns), and the excess of each one's components.
+
+    That is (components, columns); there are many components, so it is in single precision.
+    """
 
     rows: Array
-    components: Sequence[Array]
+    components: Sequence[NDArray[np.float32]]
 
 
 def _moments(
@@ -217,7 +197,7 @@ def _table(moments: Sequence[_Moment], columns: tuple[str, ...], reference: Refe
         run_row(moment.of, columns, reference, beyond)
         for moment, beyond in zip(moments, excess, strict=True)
     ]
-    return _Table(np.array(rows), [component_rows(beyond) for beyond in excess])
+    return _Table(np.array(rows), [beyond.astype(np.float32) for beyond in excess])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -347,7 +327,7 @@ def _fit_location(
     unit = [begin[moments[k].run] + j for k in seen for j in range(len(moments[k].of.names))]
     last = np.repeat([moments[k].last for k in seen], [len(moments[k].of.names) for k in seen])
     task = _Task(
-        lambda table: np.concatenate([table.components[k] for k in seen]),
+        lambda table: np.concatenate([component_rows(table.components[k]) for k in seen]),
         np.array(unit),
         last,
         truth,

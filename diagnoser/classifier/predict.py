@@ -178,13 +178,12 @@ def run_row(of: Vectors, columns: tuple[str, ...], reference: Reference, excess:
     return np.asarray(matrix([{**of.run, **furthest}], columns)[0])
 
 
-def component_rows(excess: Array) -> Array:
+def component_rows(excess: NDArray[np.floating[Any]]) -> Array:
     """Returns what the location is learned from, (components, numbers).
 
     Of each column how far beyond the healthy it is, and how far beyond the run's other components.
     """
-    middle = np.array([_median(column) for column in excess.T])
-    return np.hstack([excess, excess - middle])
+    return np.hstack([excess, excess - _medians(excess)])
 
 
 def _furthest(excess: Array) -> Array:
@@ -195,9 +194,16 @@ def _furthest(excess: Array) -> Array:
     return np.asarray(excess[size.argmax(axis=0), np.arange(excess.shape[1])])
 
 
-def _median(column: Array) -> float:
-    known = column[~np.isnan(column)]
-    return float(np.median(known)) if len(known) else float("nan")
+def _medians(rows: NDArray[np.floating[Any]]) -> Array:
+    """Returns the median of the known numbers of each column, (columns,); NaN where none is."""
+    if not len(rows):
+        return np.full(rows.shape[1], np.nan)
+    ordered = np.sort(rows, axis=0)  # NaN comes last
+    count = (~np.isnan(rows)).sum(axis=0)
+    column = np.arange(rows.shape[1])
+    low = ordered[np.maximum(count - 1, 0) // 2, column]
+    high = ordered[np.minimum(count // 2, np.maximum(count - 1, 0)), column]
+    return np.asarray((low + high) / 2.0)
 
 
 def _log_odds(probability: Any) -> Any:

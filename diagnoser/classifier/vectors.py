@@ -2,8 +2,9 @@
 
 Every feature's series is summed up by its early and its latest value (median of the first and of
 the last three that are known), its lowest and its highest; a component's latest values also
-relative to the median component. The run's row holds its own features, and of those of components
-and pairs the lowest, the median and the highest. Nothing here knows step counts, sizes, names or
+relative to the median component. A component has of the pairs that it is in the lowest, the highest
+and the median. The run's row holds its own features alone: what those of components come to depends
+on the model, and is judged by kind (`reference`). Nothing here knows step counts, sizes, names or
 how long a series is (law 8); what was not measured, or does not apply, is NaN and stays so (law 3).
 """
 
@@ -20,6 +21,7 @@ from diagnoser.table import Array, Scope, Table
 AT_ONE_TIME: Final = 3  # known values whose median is the early or the latest one
 EARLIER: Final = (0.25, 0.5)  # shares of a run at which it is also looked at
 EXCESS: Final = "excess."  # how far the furthest component is beyond the healthy, in a run's row
+PAIR: Final = "pair."  # of the pairs that a component is in
 OF_SERIES: Final = ("early", "latest", "lowest", "highest")
 
 
@@ -42,19 +44,15 @@ class Vectors:
 def vectors(tables: Mapping[Scope, Table]) -> Vectors:
     """Sums up the feature tables of a run."""
     run = {name: float(values[0]) for name, values in _summaries(tables["run"]).items()}
-    components = _summaries(tables["component"])
-    for scope, summaries in (("component", components), ("pair", _summaries(tables["pair"]))):
-        for name, values in summaries.items():
-            feature, _, kind = name.rpartition(".")
-            run[f"{scope}.{feature}.{kind}"] = _across(values, kind)
-    names = tuple(name for name, _ in tables["component"].subjects)
+    components, names = _summaries(tables["component"]), tables["component"].subjects
     relative = {
         f"{name.removesuffix('.latest')}.relative": _relative(values)
         for name, values in components.items()
         if name.endswith(".latest")
     }
-    kinds = tuple(tables["component"].kinds[name] for name in names)
-    return Vectors(run, components | relative, names, kinds)
+    kinds = tuple(tables["component"].kinds[name] for name, _ in names)
+    paired = _of_pairs(tables["pair"], [name for name, _ in names])
+    return Vectors(run, components | relative | paired, tuple(n for n, _ in names), kinds)
 
 
 def matrix(rows: Sequence[Mapping[str, float]], columns: Sequence[str]) -> Array:
@@ -95,6 +93,15 @@ def _across(values: Array, kind: str) -> float:
         return float("nan")
     of = {"lowest": np.min, "highest": np.max}.get(kind, np.median)
     return float(of(known))
+
+
+def _of_pairs(pairs: Table, names: Sequence[str]) -> dict[str, Array]:
+    """Returns what the pairs of each component come to, (components,)."""
+    own = [[i for i, pair in enumerate(pairs.subjects) if name in pair] for name in names]
+    return {
+        f"{PAIR}{column}": np.array([_across(values[of], column.rpartition(".")[2]) for of in own])
+        for column, values in _summaries(pairs).items()
+    }
 
 
 def _relative(values: Array) -> Array:
