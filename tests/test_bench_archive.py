@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import math
 import shutil
@@ -15,12 +16,14 @@ from hypothesis import strategies as st
 
 from benchmarks import outcomes
 from diagnoser.benchmark.archive import BITS, cut_digits, pack, unpack
-from diagnoser.benchmark.configuration import Configuration, content_hash
+from diagnoser.benchmark.configuration import Configuration, catalogue, content_hash
 from diagnoser.benchmark.dataset import recording_of
-from diagnoser.benchmark.plan import FAULT, SIZES, Item, Plan
+from diagnoser.benchmark.plan import CLEAN, FAULT, SIZES, Item, Plan, make_plan
 from diagnoser.benchmark.results import Store
 from diagnoser.benchmark.worker import run
+from diagnoser.diagnosis import vectors_of
 from diagnoser.errors import BenchmarkError
+from diagnoser.features import feature_tables
 from diagnoser.runlog import LOG_FILE, Recording, RunLogWriter
 from diagnoser.types import Component, Cost, Estimate, Measurement, Part
 
@@ -161,3 +164,35 @@ def test_runs_that_are_kept_come_back_into_another_directory(
     content = archive.read_bytes()
     outcomes.keep_watched(back, "watched", "line", [ITEM])
     assert archive.read_bytes() == content
+
+
+@pytest.mark.slow
+def test_a_live_run_fills_what_the_runs_that_are_learned_from_have_and_nothing_else(tmp_path: Path):
+    known = catalogue()
+    plan = make_plan(known, outcomes.SIZE, only=["han"])
+    (item, *_) = [item for item in plan.items if item.role == CLEAN]
+    kept = [
+        known_numbers(log, tmp_path / "kept")
+        for of, log in unpack(outcomes.archive_of("budget", "han").read_bytes())
+        if of["hash"] == item.hash
+    ]
+    assert len(kept) == len(item.budgeted)
+    made = run(known, item.configuration, 0, "budget", tmp_path / "live")
+    live = known_numbers(base64.b64decode(made["log"]), tmp_path / "read")
+    # What is measured beyond the guaranteed depends on the time that there is.
+    assert set.intersection(*kept) <= live <= set.union(*kept)
+    assert len(live) > 200
+
+
+def known_numbers(log: bytes, directory: Path) -> set[tuple[str, str]]:
+    """The columns of a run, and of each of its components, that are known at its end."""
+    recording = read(log, directory)
+    of = vectors_of(recording, feature_tables(recording))
+    found = {("run", column) for column, value in of.run.items() if not math.isnan(value)}
+    for column, values in of.components.items():
+        found |= {
+            (name, column)
+            for name, value in zip(of.names, values.tolist(), strict=True)
+            if not math.isnan(value)
+        }
+    return found
