@@ -395,7 +395,6 @@ def test_a_reader_that_is_gone_is_not_a_verdict(healthy_run):
 
 WITHOUT_TORCH = """
 import sys
-import time
 class Nowhere:
     def find_spec(self, name, path=None, target=None):
         if name.partition('.')[0] in ('torch', 'transformers', 'pandas', 'sklearn'):
