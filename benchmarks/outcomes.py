@@ -38,6 +38,7 @@ from diagnoser.benchmark.jobs import Mode
 from diagnoser.benchmark.plan import Item, Plan, make_plan
 from diagnoser.benchmark.results import LOG, SCHEMA, Store, write_whole
 from diagnoser.benchmark.scores import OPENINGS, Scores
+from diagnoser.errors import BenchmarkError
 
 SIZE = "small"
 BENCH = Path(__file__).parent / "results" / "bench"
@@ -126,12 +127,16 @@ def restore(store: Store, plan: Plan) -> None:
     kept: dict[Mode, dict[str, list[Row]]] = {"truth": read_runs(RUNS), "watched": {}, "budget": {}}
     for mode in WATCHED:
         for path in sorted((BENCH / mode).glob("*.parquet")):
-            for row, log in unpack(path.read_bytes()):
+            try:
+                runs = list(unpack(path.read_bytes()))
+            except BenchmarkError as error:
+                raise SystemExit(f"{path}: {error}; take the file from the repository") from None
+            for row, log in runs:
                 entry = {**row, LOG: base64.b64encode(log).decode()}
                 kept[mode].setdefault(row["hash"], []).append(entry)
-    for mode, runs in kept.items():
-        count = _put_back(store, mode, runs, items)
-        others = sum(map(len, runs.values())) - count
+    for mode, found in kept.items():
+        count = _put_back(store, mode, found, items)
+        others = sum(map(len, found.values())) - count
         print(f"{mode}: {count} runs put back, {others} are of another version")
     for name in ("harm.parquet", "calibration.parquet"):
         write_whole(store.directory / name, (BENCH / name).read_bytes())

@@ -164,6 +164,9 @@ def test_runs_that_are_kept_come_back_into_another_directory(
     content = archive.read_bytes()
     outcomes.keep_watched(back, "watched", "line", [ITEM])
     assert archive.read_bytes() == content
+    archive.write_bytes(content[:100])
+    with pytest.raises(SystemExit, match=r"line\.parquet: no archive of runs: .*repository"):
+        outcomes.restore(back, Plan(SIZES["small"], (ITEM,)))
 
 
 @pytest.mark.slow
