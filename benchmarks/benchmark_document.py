@@ -64,6 +64,12 @@ def summary() -> str:
         proven = [h for h in own if h.harm == "proven"]
         loud = f"{sum(h.trivial for h in proven)} of {len(proven)}" if proven else ""
         lines.append(f"| {name} | " + " | ".join(str(counts[m]) for m in MARKS) + f" | {loud} |")
+    near = sum(h.is_at_the_margin for h in found)
+    lines += [
+        "",
+        f"Of these {len(found)} verdicts {near} rest on a gap within a tenth of the margin: there "
+        "the rounding of another processor may turn *harm* into *?*, or the reverse.",
+    ]
     return "\n".join(lines)
 
 

@@ -65,6 +65,11 @@ def test_every_subject_has_mistakes_that_do_harm_and_hardly_any_is_obvious(commi
     assert sum(h.trivial for h in tested) <= 0.3 * len(tested)
 
 
+def test_hardly_any_outcome_hangs_on_rounding(committed):
+    tested = [h for h in committed.values() if h.role in {"fault", "compound", "HC2", "HC3", "HC4"}]
+    assert 0 < sum(h.is_at_the_margin for h in tested) <= 0.05 * len(tested)
+
+
 def test_every_mistake_has_a_remedy_that_gives_the_clean_result_or_none_is_known(committed):
     tried: dict[str, list[bool]] = {}
     for harm in committed.values():
@@ -107,7 +112,9 @@ def test_ten_configurations_made_from_scratch_have_the_committed_outcome(
         runs[item.hash] = [made.get(row["seed"], row) for row in runs[item.hash]]
     again = {h.hash: h for h in judge([i.judged() for i in items], runs, FLOORS)}
     for item in sample:
-        assert again[item.hash].harm == committed[item.hash].harm, item.configuration
-        # Other processors round otherwise: numbers may differ, by less than what would matter.
-        gap = abs(again[item.hash].gap - committed[item.hash].gap)
-        assert gap <= committed[item.hash].margin / 2, item.configuration
+        made, kept = again[item.hash], committed[item.hash]
+        # Other processors round otherwise: numbers may differ, by less than what would matter, and
+        # decide only where the gap is all but the margin.
+        assert abs(made.gap - kept.gap) <= kept.margin / 2, item.configuration
+        outcomes = {"proven", "ambiguous"} if kept.is_at_the_margin else {kept.harm}
+        assert made.harm in {kept.harm, *outcomes}, item.configuration

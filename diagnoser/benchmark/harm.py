@@ -31,6 +31,7 @@ from diagnoser.benchmark.intervals import wilson
 
 SIGNIFICANCE, EFFECT_SIZE = 0.05, 0.5
 TRIVIAL = 0.95  # share of seeds on which the loss alone betrays a mistake
+AT_THE_MARGIN = 0.1  # of the margin
 FEWEST = 3  # pairs
 SPLITS = 200
 OK = "ok"
@@ -84,6 +85,11 @@ class Harm:
     diverged: int
     loss_alarms: float  # share of the runs in which the loss alone raises an alarm
     trivial: bool
+
+    @property
+    def is_at_the_margin(self) -> bool:
+        """Whether the gap is so near the margin that another processor's rounding may decide."""
+        return abs(self.gap - self.margin) <= AT_THE_MARGIN * self.margin
 
 
 @dataclass(frozen=True, slots=True)
