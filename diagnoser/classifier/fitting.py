@@ -28,6 +28,8 @@ FEWEST_ORIGINS: Final = 3  # from which on one at a time is held out
 FEWEST_OF_A_CAUSE: Final = 10  # runs
 FALSE_ALARMS: Final = 0.05  # share of healthy runs that the threshold lets through
 LIKELY: Final = 0.5  # the least probability of an alarm
+LEAF: Final = (5, 40)  # rows, the fewest of a leaf
+FEWEST_LEAVES: Final = 10  # that a tree can have
 UNFAMILIAR: Final = 0.99  # quantile of what the classifier abstains beyond
 SEED: Final = 0
 
@@ -136,14 +138,15 @@ def _threshold(held_out: Array, alarmed: NDArray[np.bool_]) -> float:
     return max(LIKELY, float(np.nextafter(beyond, 1.0)))
 
 
-def _estimator() -> Any:
+def _estimator(rows: int) -> Any:
+    """Returns what learns from so many rows: a leaf is never the oddities of one configuration."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     return HistGradientBoostingClassifier(
         learning_rate=0.05,
         max_iter=150,
         max_leaf_nodes=8,
-        min_samples_leaf=40,
+        min_samples_leaf=max(LEAF[0], min(rows // FEWEST_LEAVES, LEAF[1])),
         l2_regularization=1.0,
         max_features=0.1,
         early_stopping=False,
@@ -278,7 +281,7 @@ def _fitted(rows: Array, task: _Task, chosen: NDArray[np.bool_]) -> tuple[Any, N
     learned = chosen & task.learned
     own = rows[learned]
     columns = np.flatnonzero((~np.isnan(own)).sum(axis=0) >= 2)
-    return _estimator().fit(own[:, columns], task.truth[task.unit[learned]]), columns
+    return _estimator(len(own)).fit(own[:, columns], task.truth[task.unit[learned]]), columns
 
 
 def _fit_verdict(
