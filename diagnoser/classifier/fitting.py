@@ -107,7 +107,9 @@ def fit(
         location=_fit_location(examples, moments, source),
         fault_of=_faults(examples),
         threshold=_threshold(
-            held_out[~faulty], np.array([e.alarmed for e in examples if not e.faulty])
+            held_out[~faulty],
+            np.array([e.alarmed for e in examples if not e.faulty]),
+            source.held_out_together[~faulty],
         ),
         most_unfamiliar=_most_unfamiliar(whole, groups if len(tables) == 1 else origins),
         least_known=least_known,
@@ -126,16 +128,22 @@ def fitted_rows(classifier: Classifier, examples: Sequence[Example]) -> Array:
     )
 
 
-def _threshold(held_out: Array, alarmed: NDArray[np.bool_]) -> float:
-    """Returns the probability beyond which healthy runs are too few to matter.
+def _threshold(held_out: Array, alarmed: NDArray[np.bool_], origins: NDArray[Any]) -> float:
+    """Returns the probability beyond which healthy runs are too few to matter, of every origin.
 
-    Together with those on which the rules alarm, at most `FALSE_ALARMS` of all are beyond it; where
-    the rules use that up, none. What is less likely than not is no alarm, however few there are.
+    Together with those on which the rules alarm, at most `FALSE_ALARMS` of an origin's are beyond
+    it; where the rules use that up, none. How high healthy runs reach differs more from origin to
+    origin than within one, and what is to be judged is of a new one: the highest decides. What is
+    less likely than not is no alarm, however few there are.
     """
-    quiet = np.sort(held_out[~alarmed])[::-1]
-    allowed = max(0, int(FALSE_ALARMS * len(held_out)) - int(alarmed.sum()))
-    beyond = quiet[allowed] if allowed < len(quiet) else 0.0
-    return max(LIKELY, float(np.nextafter(beyond, 1.0)))
+    beyond = LIKELY
+    for origin in sorted(set(origins.tolist())):
+        own = origins == origin
+        quiet = np.sort(held_out[own & ~alarmed])[::-1]
+        allowed = max(0, int(FALSE_ALARMS * own.sum()) - int(alarmed[own].sum()))
+        if allowed < len(quiet):
+            beyond = max(beyond, float(np.nextafter(quiet[allowed], 1.0)))
+    return beyond
 
 
 def _estimator(rows: int) -> Any:
@@ -156,11 +164,10 @@ def _estimator(rows: int) -> Any:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Moment:
-    """What was to be seen of an example at one time; learned from is the ``last`` one alone."""
+    """What was to be seen of an example at one time."""
 
     run: int  # position among the examples
     of: Vectors
-    last: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,11 +189,7 @@ def _moments(
     for i, example in enumerate(examples):
         of = (*example.vectors.earlier, example.vectors)
         enough = enough_known(_rows(of, columns, reference), least)
-        found += [
-            _Moment(i, moment, moment is example.vectors)
-            for moment, kept in zip(of, enough, strict=True)
-            if kept
-        ]
+        found += [_Moment(i, moment) for moment, kept in zip(of, enough, strict=True) if kept]
     return found
 
 
@@ -216,6 +219,11 @@ class _Source:
     origins: NDArray[Any]
     tables: Mapping[str, _Table]
 
+    @property
+    def held_out_together(self) -> NDArray[Any]:
+        """Whose runs are held out together, (runs,): an origin's, or all that there are."""
+        return self.origins if len(self.tables) > 1 else np.zeros(len(self.origins))
+
     def folds(self, runs: NDArray[Any], truth: NDArray[Any]) -> Iterator[tuple[Any, Any, _Table]]:
         """Yields which units are learned from, which are held out, and the table of both.
 
@@ -242,13 +250,13 @@ class _Source:
 class _Task:
     """What is learned: of units (runs, or components of them) whether something is true.
 
-    A unit has a row at each moment; ``unit`` (rows,) is which one's, ``learned`` (rows,) whether it
-    is learned from. ``truth`` and ``runs`` are arrays (units,).
+    A unit has a row at each moment, and all are learned from: what a task's end looks like differs
+    more between models than the way there. ``unit`` (rows,) is which one's. ``truth`` and ``runs``
+    are arrays (units,).
     """
 
     rows_of: Callable[[_Table], Array]
     unit: NDArray[np.int64]
-    learned: NDArray[np.bool_]
     truth: NDArray[np.bool_]
     runs: NDArray[np.int64]
 
@@ -278,18 +286,16 @@ def _calibrated(task: _Task, source: _Source) -> tuple[Judge, Array]:
 
 def _fitted(rows: Array, task: _Task, chosen: NDArray[np.bool_]) -> tuple[Any, NDArray[np.int64]]:
     """Fits on the columns that are known of at least two rows."""
-    learned = chosen & task.learned
-    own = rows[learned]
+    own = rows[chosen]
     columns = np.flatnonzero((~np.isnan(own)).sum(axis=0) >= 2)
-    return _estimator(len(own)).fit(own[:, columns], task.truth[task.unit[learned]]), columns
+    return _estimator(len(own)).fit(own[:, columns], task.truth[task.unit[chosen]]), columns
 
 
 def _fit_verdict(
     moments: Sequence[_Moment], source: _Source, faulty: NDArray[np.bool_]
 ) -> tuple[Judge, Array]:
     run = np.array([moment.run for moment in moments])
-    last = np.array([moment.last for moment in moments])
-    task = _Task(lambda table: table.rows, run, last, faulty, np.arange(len(faulty)))
+    task = _Task(lambda table: table.rows, run, faulty, np.arange(len(faulty)))
     return _calibrated(task, source)
 
 
@@ -300,7 +306,6 @@ def _fit_causes(
     runs = [i for i, example in enumerate(examples) if example.faulty]
     rows = [k for k, moment in enumerate(moments) if examples[moment.run].faulty]
     unit = np.searchsorted(runs, [moments[k].run for k in rows])
-    last = np.array([moments[k].last for k in rows])
     found = sorted({cause for example in examples for cause in example.causes})
     fitted = {}
     for cause in found:
@@ -309,7 +314,7 @@ def _fit_causes(
             raise ClassifierError(f"all faulty runs have {cause}: there is no cause to tell apart")
         groups = set(source.groups[runs][truth].tolist())
         if truth.sum() >= FEWEST_OF_A_CAUSE and len(groups) > 1:
-            task = _Task(lambda table: table.rows[rows], unit, last, truth, np.array(runs))
+            task = _Task(lambda table: table.rows[rows], unit, truth, np.array(runs))
             fitted[cause], _ = _calibrated(task, source)
     return fitted
 
@@ -328,11 +333,9 @@ def _fit_location(
         raise ClassifierError("no faulty run says which component is to blame: none can be found")
     seen = [k for k, m in enumerate(moments) if names.get(m.run) == m.of.names and m.of.names]
     unit = [begin[moments[k].run] + j for k in seen for j in range(len(moments[k].of.names))]
-    last = np.repeat([moments[k].last for k in seen], [len(moments[k].of.names) for k in seen])
     task = _Task(
         lambda table: np.concatenate([component_rows(table.components[k]) for k in seen]),
         np.array(unit),
-        last,
         truth,
         np.repeat(asked, sizes),
     )
