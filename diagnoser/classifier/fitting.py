@@ -15,6 +15,7 @@ from diagnoser.classifier.predict import (
     Judge,
     component_rows,
     enough_known,
+    gains_of,
     run_row,
 )
 from diagnoser.classifier.reference import Reference, learn_reference
@@ -28,6 +29,8 @@ FEWEST_ORIGINS: Final = 3  # from which on one at a time is held out
 FEWEST_OF_A_CAUSE: Final = 10  # runs
 FALSE_ALARMS: Final = 0.05  # share of healthy runs that the threshold lets through
 LIKELY: Final = 0.5  # the least probability of an alarm
+BINS: Final = 63  # that a column is cut into; each is stored
+OF_ALL, OF_THE_BEST = 0.1, 0.3  # share of the columns that a split is chosen from
 LEAF: Final = (5, 40)  # rows, the fewest of a leaf
 FEWEST_LEAVES: Final = 10  # that a tree can have
 UNFAMILIAR: Final = 0.99  # quantile of what the classifier abstains beyond
@@ -146,17 +149,36 @@ def _threshold(held_out: Array, alarmed: NDArray[np.bool_], origins: NDArray[Any
     return beyond
 
 
-def _estimator(rows: int) -> Any:
-    """Returns what learns from so many rows: a leaf is never the oddities of one configuration."""
+@dataclass(frozen=True, slots=True)
+class _Growth:
+    """How many trees an estimator has, how far each goes, and how many columns it rests on."""
+
+    trees: int
+    rate: float
+    columns: int
+
+
+OF_VERDICT: Final = _Growth(40, 0.15, 400)
+OF_LOCATION: Final = _Growth(40, 0.15, 400)
+# There is one for every cause, and each tree and column takes time to read when a run is judged.
+OF_A_CAUSE: Final = _Growth(25, 0.2, 24)
+
+
+def _estimator(rows: int, growth: _Growth, share: float) -> Any:
+    """Returns what learns from so many rows, each split from a share of the columns.
+
+    A leaf is never the oddities of one configuration.
+    """
     from sklearn.ensemble import HistGradientBoostingClassifier
 
     return HistGradientBoostingClassifier(
-        learning_rate=0.05,
-        max_iter=150,
+        learning_rate=growth.rate,
+        max_iter=growth.trees,
         max_leaf_nodes=8,
         min_samples_leaf=max(LEAF[0], min(rows // FEWEST_LEAVES, LEAF[1])),
         l2_regularization=1.0,
-        max_features=0.1,
+        max_features=share,
+        max_bins=BINS,
         early_stopping=False,
         random_state=SEED,
     )
@@ -164,10 +186,11 @@ def _estimator(rows: int) -> Any:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Moment:
-    """What was to be seen of an example at one time."""
+    """What was to be seen of an example at one time; learned from is the ``last`` one alone."""
 
     run: int  # position among the examples
     of: Vectors
+    last: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,7 +212,11 @@ def _moments(
     for i, example in enumerate(examples):
         of = (*example.vectors.earlier, example.vectors)
         enough = enough_known(_rows(of, columns, reference), least)
-        found += [_Moment(i, moment) for moment, kept in zip(of, enough, strict=True) if kept]
+        found += [
+            _Moment(i, moment, moment is example.vectors)
+            for moment, kept in zip(of, enough, strict=True)
+            if kept
+        ]
     return found
 
 
@@ -250,15 +277,16 @@ class _Source:
 class _Task:
     """What is learned: of units (runs, or components of them) whether something is true.
 
-    A unit has a row at each moment, and all are learned from: what a task's end looks like differs
-    more between models than the way there. ``unit`` (rows,) is which one's. ``truth`` and ``runs``
-    are arrays (units,).
+    A unit has a row at each moment; ``unit`` (rows,) is which one's, ``learned`` (rows,) whether it
+    is learned from. ``truth`` and ``runs`` are arrays (units,).
     """
 
     rows_of: Callable[[_Table], Array]
     unit: NDArray[np.int64]
+    learned: NDArray[np.bool_]
     truth: NDArray[np.bool_]
     runs: NDArray[np.int64]
+    growth: _Growth
 
 
 def _calibrated(task: _Task, source: _Source) -> tuple[Judge, Array]:
@@ -285,17 +313,26 @@ def _calibrated(task: _Task, source: _Source) -> tuple[Judge, Array]:
 
 
 def _fitted(rows: Array, task: _Task, chosen: NDArray[np.bool_]) -> tuple[Any, NDArray[np.int64]]:
-    """Fits on the columns that are known of at least two rows."""
-    own = rows[chosen]
+    """Fits on the columns that are known of at least two rows, and of those on the best alone."""
+    learned = chosen & task.learned
+    own, truth = rows[learned], task.truth[task.unit[learned]]
     columns = np.flatnonzero((~np.isnan(own)).sum(axis=0) >= 2)
-    return _estimator(len(own)).fit(own[:, columns], task.truth[task.unit[chosen]]), columns
+    estimator = _estimator(len(own), task.growth, OF_ALL).fit(own[:, columns], truth)
+    gains = gains_of(estimator)
+    if gains and len(columns) > task.growth.columns:
+        best = sorted(gains, key=lambda i: (-gains[i], i))[: task.growth.columns]
+        columns = columns[np.sort(np.array(best, dtype=int))]
+        estimator = _estimator(len(own), task.growth, OF_THE_BEST).fit(own[:, columns], truth)
+    return estimator, columns
 
 
 def _fit_verdict(
     moments: Sequence[_Moment], source: _Source, faulty: NDArray[np.bool_]
 ) -> tuple[Judge, Array]:
     run = np.array([moment.run for moment in moments])
-    task = _Task(lambda table: table.rows, run, faulty, np.arange(len(faulty)))
+    last = np.array([moment.last for moment in moments])
+    everyone = np.arange(len(faulty))
+    task = _Task(lambda table: table.rows, run, last, faulty, everyone, OF_VERDICT)
     return _calibrated(task, source)
 
 
@@ -306,6 +343,7 @@ def _fit_causes(
     runs = [i for i, example in enumerate(examples) if example.faulty]
     rows = [k for k, moment in enumerate(moments) if examples[moment.run].faulty]
     unit = np.searchsorted(runs, [moments[k].run for k in rows])
+    last = np.array([moments[k].last for k in rows])
     found = sorted({cause for example in examples for cause in example.causes})
     fitted = {}
     for cause in found:
@@ -314,7 +352,9 @@ def _fit_causes(
             raise ClassifierError(f"all faulty runs have {cause}: there is no cause to tell apart")
         groups = set(source.groups[runs][truth].tolist())
         if truth.sum() >= FEWEST_OF_A_CAUSE and len(groups) > 1:
-            task = _Task(lambda table: table.rows[rows], unit, truth, np.array(runs))
+            task = _Task(
+                lambda table: table.rows[rows], unit, last, truth, np.array(runs), OF_A_CAUSE
+            )
             fitted[cause], _ = _calibrated(task, source)
     return fitted
 
@@ -333,11 +373,14 @@ def _fit_location(
         raise ClassifierError("no faulty run says which component is to blame: none can be found")
     seen = [k for k, m in enumerate(moments) if names.get(m.run) == m.of.names and m.of.names]
     unit = [begin[moments[k].run] + j for k in seen for j in range(len(moments[k].of.names))]
+    last = np.repeat([moments[k].last for k in seen], [len(moments[k].of.names) for k in seen])
     task = _Task(
         lambda table: np.concatenate([component_rows(table.components[k]) for k in seen]),
         np.array(unit),
+        last,
         truth,
         np.repeat(asked, sizes),
+        OF_LOCATION,
     )
     judge, _ = _calibrated(task, source)
     return judge

@@ -76,14 +76,7 @@ class Judge:
 
     def gains(self) -> dict[int, float]:
         """Returns, by column, the share of the gain of all splits that are on it."""
-        total: dict[int, float] = {}
-        # scikit-learn keeps what its trees gained where no public name leads to.
-        for (tree,) in self.estimator._predictors:
-            for node in tree.nodes[~tree.nodes["is_leaf"].astype(bool)]:
-                column = int(self.columns[node["feature_idx"]])
-                total[column] = total.get(column, 0.0) + float(node["gain"])
-        whole = sum(total.values())
-        return {column: gain / whole for column, gain in total.items()}
+        return {int(self.columns[i]): gain for i, gain in gains_of(self.estimator).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +153,18 @@ class Classifier:
         return tuple(
             Reason(self.run_columns[i], float(row[i]), float(moved[i])) for i in order if moved[i]
         )
+
+
+def gains_of(estimator: Any) -> dict[int, float]:
+    """Returns, by feature of an estimator, the share of the gain of all splits that are on it."""
+    total: dict[int, float] = {}
+    # scikit-learn keeps what its trees gained where no public name leads to.
+    for (tree,) in estimator._predictors:
+        for node in tree.nodes[~tree.nodes["is_leaf"].astype(bool)]:
+            feature = int(node["feature_idx"])
+            total[feature] = total.get(feature, 0.0) + float(node["gain"])
+    whole = sum(total.values())
+    return {feature: gain / whole for feature, gain in total.items()}
 
 
 def enough_known(rows: Array, least: float) -> NDArray[np.bool_]:

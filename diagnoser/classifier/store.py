@@ -91,24 +91,22 @@ def load(path: Path) -> Classifier:
 
     Raises:
         ClassifierError: No such file, another schema, a digest that does not fit, a type that is
-            not allowed, or numbers that the installed scikit-learn reads differently.
+            not allowed, numbers that the installed scikit-learn reads differently, or none at all.
     """
-    io = _skops_io()
     data, description = _read(path)
     try:
-        untrusted = io.get_untrusted_types(data=data)
-    except Exception as error:  # a damaged archive fails in many ways
-        raise ClassifierError(f"{path}: cannot be read ({error}); {REBUILD}") from error
-    forbidden = sorted(set(untrusted) - ALLOWED)
-    if forbidden:
+        io = _skops_io()
+    except ImportError as error:
         raise ClassifierError(
-            f"{path}: holds {forbidden[0]}, which is not allowed there; {REBUILD}"
-        )
+            f"{path}: needs scikit-learn and skops, and they cannot be imported ({error}); install "
+            "them, or judge by rules alone (--classifier off)"
+        ) from error
     try:
         content = io.loads(data, trusted=sorted(ALLOWED))
         classifier = _classifier(content, description["about"])
         found = classifier.verdict.probability(content["check_rows"])
-    except Exception as error:  # whatever an estimator of another version raises
+    except Exception as error:  # a damaged archive, or an estimator of another version: many ways
+        _refuse(io, data, path)
         made_with = description.get("scikit_learn")
         raise ClassifierError(
             f"{path}: made with scikit-learn {made_with}, it does not work with the installed one "
@@ -122,20 +120,47 @@ def load(path: Path) -> Classifier:
     return classifier
 
 
+def _refuse(io: Any, data: bytes, path: Path) -> None:
+    """Says what is wrong with a file as a file, if anything is.
+
+    `io.loads` refuses the same; asking it first would take as long as reading the file.
+    """
+    try:
+        untrusted = io.get_untrusted_types(data=data)
+    except Exception as error:  # a damaged archive fails in many ways
+        raise ClassifierError(f"{path}: cannot be read ({error}); {REBUILD}") from error
+    forbidden = sorted(set(untrusted) - ALLOWED)
+    if forbidden:
+        raise ClassifierError(
+            f"{path}: holds {forbidden[0]}, which is not allowed there; {REBUILD}"
+        )
+
+
 def _skops_io() -> Any:
     """Imports skops, but not all that it leads to.
 
     It has scikit-learn list its estimators, and so import its wrappers of torch and Dask, and torch
-    and Dask: half of the time, for nothing that is needed here.
+    and Dask: half of the time, for nothing that is needed here. Of pandas scikit-learn asks the
+    version when it reads a kind of data file; until then a stand-in will do.
     """
     wrappers = [f"sklearn.externals.array_api_compat.{name}" for name in ("torch", "dask")]
-    held = [name for name in wrappers if name not in sys.modules]
-    sys.modules.update({name: ModuleType(name) for name in held})
+    held = {name: ModuleType(name) for name in wrappers} | {"pandas": _Later("pandas")}
+    held = {name: module for name, module in held.items() if name not in sys.modules}
+    sys.modules.update(held)
     try:
         return importlib.import_module("skops.io")
     finally:
         for name in held:
             del sys.modules[name]
+
+
+class _Later(ModuleType):
+    """A module that has nothing while it stands in for another; later it has what that one has."""
+
+    def __getattr__(self, name: str) -> Any:
+        if sys.modules.get(self.__name__) is self:
+            raise AttributeError(name)
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
