@@ -104,6 +104,15 @@ def test_a_run_unlike_any_it_learned_from_is_not_judged(learned, unseen):
     assert np.mean([learned.predict(e.vectors).abstains for e in unseen]) < 0.1
 
 
+def test_a_model_without_what_all_others_had_is_not_judged(learned, unseen):
+    one, *_ = unseen
+    assert not learned.predict(one.vectors).abstains
+    other = dict(one.vectors.components)
+    other["update_ratio.latest"] = np.full(5, np.nan)
+    said = learned.predict(replace(one.vectors, components=other))
+    assert said.abstains and set(said.lacking) == {"excess.update_ratio.latest"}
+
+
 def test_a_run_of_which_nothing_is_known_is_not_judged(learned):
     absent = {name: np.full(5, np.nan) for name in COMPONENT_COLUMNS}
     assert learned.predict(Vectors({}, absent, NAMES, KINDS)).abstains
@@ -252,7 +261,8 @@ def test_a_run_like_none_is_unknown_with_the_reason(learned):
     said = say(learned, Vectors(run, far, NAMES, KINDS), (10,))
     assert said.finding is None and "lie beyond all of theirs" in said.unknown.reason
     nothing = say(learned, Vectors({}, {}, (), ()), ())
-    assert nothing.finding is None and "too little" in nothing.unknown.reason
+    assert nothing.finding is None
+    assert "had what this one has not: loss fall" in nothing.unknown.reason
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def alarmist(tmp_path_factory) -> Path:
     ]  # fmt: skip
     learned = fit(made, ("loss_fall.latest",), ("update_ratio.latest",), {"runs": 120})
     # Of a run of which hardly anything is known it would not judge.
-    learned = dataclasses.replace(learned, most_unfamiliar=1.0, least_known=0.0)
+    learned = dataclasses.replace(learned, most_unfamiliar=1.0, least_known=0.0, usual=np.arange(0))
     path = tmp_path_factory.mktemp("classifier") / "alarmist.skops"
     save(learned, path, np.array([[0.9, np.nan]]))
     return path

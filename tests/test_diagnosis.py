@@ -478,6 +478,7 @@ def learned(faulty: float, causes: Mapping[str, float], located: float = 0.1) ->
         threshold=0.5,
         most_unfamiliar=0.5,
         least_known=0.0,
+        usual=np.arange(0),
         about={"runs": 7},
     )
 

@@ -91,7 +91,7 @@ def by_classifier(run: Seen, classifier: Classifier) -> Verdict:
     return Verdict(
         run.truth,
         run.look.seed,
-        said.faulty >= classifier.threshold,
+        not said.abstains and said.faulty >= classifier.threshold,
         said.faulty,
         tuple(cause for cause, _ in said.causes),
         tuple(name for name, _ in said.components),

@@ -116,6 +116,7 @@ def fit(
         ),
         most_unfamiliar=_most_unfamiliar(whole, groups if len(tables) == 1 else origins),
         least_known=least_known,
+        usual=np.flatnonzero((~np.isnan(whole)).mean(axis=0) >= UNFAMILIAR),
         about=dict(about),
     )
 

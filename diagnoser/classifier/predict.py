@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,6 +15,10 @@ from diagnoser.table import Array
 from diagnoser.vocabulary import MODEL
 
 REASONS: Final = 5  # features that are said to have moved a prediction
+# Shares of the usual columns that a run may be without: of its components', which are another
+# kind of model's, and of all, of which a task or a script may have no use for some.
+LACKING_OF_COMPONENTS: Final = 0.05
+LACKING: Final = 0.15
 SURE_OF_PLACE: Final = 0.5  # probability from which a component is named, and not the whole model
 
 
@@ -33,14 +37,16 @@ class Prediction:
 
     ``faulty`` is a calibrated probability; ``causes`` those given that the run is faulty, highest
     first; ``components`` a score for each, highest first. ``unfamiliar`` is the share of the run's
-    known numbers that lie beyond everything it learned from; where it ``abstains`` that share, or
-    what is not known, is too large for an answer.
+    known numbers that lie beyond everything it learned from, ``lacking`` the columns that the run
+    is without and hardly any that it learned from was; where it ``abstains``, either is too much
+    for an answer.
     """
 
     faulty: float
     causes: tuple[tuple[str, float], ...]
     components: tuple[tuple[str, float], ...]
     unfamiliar: float
+    lacking: tuple[str, ...]
     abstains: bool
     reasons: tuple[Reason, ...]
 
@@ -98,7 +104,8 @@ class Classifier:
     fault_of: Mapping[str, str]  # what runs with a cause show first, most often
     threshold: float
     most_unfamiliar: float
-    least_known: float
+    least_known: float  # share of a moment's numbers without which it has no say
+    usual: NDArray[np.int64]  # columns that hardly a run was without
     about: Mapping[str, Any]  # how it was made: versions, digests, sizes
 
     def predict(self, of: Vectors, *, explain: bool = True) -> Prediction:
@@ -117,6 +124,7 @@ class Classifier:
         last, known = rows[-1], ~np.isnan(rows[-1])
         outside = known & ((last < self.range[0]) | (last > self.range[1]))
         unfamiliar = float(outside.sum() / known.sum()) if known.any() else 0.0
+        lacking = tuple(self.run_columns[i] for i in self.usual if not known[i])
         rows = rows[enough_known(rows, self.least_known)]
         faulty = float(self.verdict.calibrated(self.verdict.score(rows).mean()))
         causes = [
@@ -135,9 +143,15 @@ class Classifier:
             tuple(sorted(causes, key=lambda pair: (-pair[1], pair[0]))),
             tuple(sorted(placed, key=lambda pair: (-pair[1], pair[0]))),
             unfamiliar,
-            unfamiliar > self.most_unfamiliar or float(known.mean()) < self.least_known,
+            lacking,
+            unfamiliar > self.most_unfamiliar or self._lacks_too_much(lacking),
             self._reasons(rows, faulty) if explain else (),
         )
+
+    def _lacks_too_much(self, lacking: tuple[str, ...]) -> bool:
+        usual = [self.run_columns[i] for i in self.usual]
+        ours, theirs = _of_components(lacking), _of_components(usual)
+        return ours > LACKING_OF_COMPONENTS * theirs or len(lacking) > LACKING * len(usual)
 
     def _reasons(self, rows: Array, faulty: float) -> tuple[Reason, ...]:
         """What the verdict would be with a column at its healthy middle, one at a time."""
@@ -153,6 +167,10 @@ class Classifier:
         return tuple(
             Reason(self.run_columns[i], float(row[i]), float(moved[i])) for i in order if moved[i]
         )
+
+
+def _of_components(columns: Sequence[str]) -> int:
+    return sum(name.startswith(EXCESS) for name in columns)
 
 
 def gains_of(estimator: Any) -> dict[int, float]:

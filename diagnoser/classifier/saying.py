@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,7 +41,7 @@ def say(classifier: Classifier, of: Vectors, steps: tuple[int, ...]) -> Said:
             "numbers lie beyond all of theirs"
         )
         if said.unfamiliar <= classifier.most_unfamiliar:
-            reason = "too little of this run is known to tell"
+            reason = f"it learned from runs that had what this one has not: {_named(said.lacking)}"
         return Said(said, unknown=Unknown(SOURCE, MODEL, (), reason))
     if said.faulty < classifier.threshold or not said.causes:
         title = "It is not like the faulty runs that the classifier learned from"
@@ -57,7 +58,8 @@ def say(classifier: Classifier, of: Vectors, steps: tuple[int, ...]) -> Said:
             source=SOURCE,
             message=(
                 f"This run is like those with {first.replace('_', ' ')} that the classifier "
-                f"learned from; what speaks for it most is {_named(said.reasons)}."
+                f"learned from; what speaks for it most is "
+                f"{_named([reason.column for reason in said.reasons])}."
             ),
             causes=causes,
             evidence=_evidence(said.reasons, classifier, steps),
@@ -67,8 +69,8 @@ def say(classifier: Classifier, of: Vectors, steps: tuple[int, ...]) -> Said:
     )
 
 
-def _named(reasons: tuple[Reason, ...]) -> str:
-    names = dict.fromkeys(_feature(reason.column) for reason in reasons)
+def _named(columns: Sequence[str]) -> str:
+    names = dict.fromkeys(map(_feature, columns))
     return ", ".join(name.replace("_", " ") for name in list(names)[:3]) or "no single number"
 
 

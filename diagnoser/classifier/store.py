@@ -56,6 +56,7 @@ def save(classifier: Classifier, path: Path, rows: np.ndarray[Any, Any]) -> None
         "threshold": classifier.threshold,
         "most_unfamiliar": classifier.most_unfamiliar,
         "least_known": classifier.least_known,
+        "usual": classifier.usual,
         "check_rows": np.ascontiguousarray(rows[:CHECK_ROWS]),
     }
     data = io.dumps(content, compression=zipfile.ZIP_DEFLATED, compresslevel=9)
@@ -195,6 +196,7 @@ def _classifier(content: dict[str, Any], about: dict[str, Any]) -> Classifier:
         threshold=content["threshold"],
         most_unfamiliar=content["most_unfamiliar"],
         least_known=content["least_known"],
+        usual=content["usual"],
         about=about,
     )
 
