@@ -82,6 +82,12 @@ def of_tool(split: str, directory: Path = BENCH) -> list[Row]:
     ]
 
 
+def applies(judge: str, name: str, scores: Mapping[tuple[str, str], Row]) -> bool:
+    """Whether a figure says anything of a judge: one that only says where decides nothing."""
+    decision = name == "recall" or name.startswith("false alarms")
+    return (judge, name) in scores and (not decision or (judge, "auroc") in scores)
+
+
 def whole(rows: Iterable[Row], mode: str = "watched") -> dict[tuple[str, str], Row]:
     """Returns the scores of whole runs by judge and figure."""
     return {(r["judge"], r["figure"]): r for r in rows if r["mode"] == mode and r["prefix"] == 1.0}
@@ -102,7 +108,7 @@ def targets(split: str, directory: Path = BENCH) -> str:
         alarms = name.startswith("false alarms")
         best, better = (min, operator.le) if alarms else (max, operator.ge)
         own = scores.get((TOGETHER, name))
-        rivals = [scores[judge, name] for judge in BASELINES if (judge, name) in scores]
+        rivals = [scores[judge, name] for judge in BASELINES if applies(judge, name, scores)]
         first = best(rivals, key=lambda row: row["value"]) if rivals else None
         lines.append(
             [
@@ -120,7 +126,7 @@ def all_judges(split: str, directory: Path = BENCH) -> str:
     """Every judge on the same whole runs, and the published tool on those that it takes."""
     scores = whole([*rows_of("scores", split, directory), *of_tool(split, directory)])
     lines = [
-        [judge, *(valued(scores.get((judge, name))) for name in SHOWN)]
+        [judge, *(valued(scores[judge, n]) if applies(judge, n, scores) else "" for n in SHOWN)]
         for judge in (*OURS, *BASELINES, TOOL)
         if any(key[0] == judge for key in scores)
     ]
