@@ -125,18 +125,19 @@ def test_diagnose_takes_the_classifier_it_is_given(healthy_run, alarmist, capsys
 
 
 def test_the_classifier_that_ships_costs_less_than_three_seconds_and_no_torch(healthy_run):
-    code = (
+    program = (
         "import json, sys, time; from diagnoser.cli import main; "
         f"code = main(['diagnose', {str(healthy_run)!r}]); "
         "print(json.dumps([code, time.process_time(), 'torch' in sys.modules]), file=sys.stderr)"
     )
-    command, costs = [sys.executable, "-c", code], []
-    while not costs or (costs[-1] >= 3.0 and len(costs) < 5):  # others on a host only add to it
+    costs = []
+    for _ in range(3):
+        command = [sys.executable, "-c", program]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         code, seconds, torch_too = json.loads(done.stderr.splitlines()[-1])
         assert (code, torch_too) == (0, False)
         costs.append(seconds)
-    assert costs[-1] < 3.0, costs
+    assert statistics.median(costs) < 3.0, costs
 
 
 def test_a_run_can_be_judged_by_either_alone_but_not_by_nothing(healthy_run, alarmist, capsys):
@@ -410,6 +411,7 @@ def test_everything_about_a_recorded_run_works_without_torch(run):
     heavy = ["torch", "transformers", "pandas"]
     for absent, arguments in (
         (heavy, ["diagnose", str(run)]),
+        (heavy, ["report", str(run)]),
         ([*heavy, "sklearn"], ["diagnose", "--json", "--classifier", "off", str(run)]),
         ([*heavy, "sklearn"], ["report", "--classifier", "off", str(run)]),
         ([*heavy, "sklearn"], ["rules", "list"]),

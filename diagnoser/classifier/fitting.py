@@ -152,15 +152,18 @@ def _threshold(held_out: Array, alarmed: NDArray[np.bool_], origins: NDArray[Any
 
 @dataclass(frozen=True, slots=True)
 class _Growth:
-    """How many trees an estimator has, how far each goes, and how many columns it rests on."""
+    """How many trees an estimator has, how far each goes, and on how many columns it rests.
+
+    ``columns`` None: on all that are known.
+    """
 
     trees: int
     rate: float
-    columns: int
+    columns: int | None = None
 
 
-OF_VERDICT: Final = _Growth(40, 0.15, 400)
-OF_LOCATION: Final = _Growth(40, 0.15, 400)
+OF_VERDICT: Final = _Growth(40, 0.15)
+OF_LOCATION: Final = _Growth(40, 0.15)
 # There is one for every cause, and each tree and column takes time to read when a run is judged.
 OF_A_CAUSE: Final = _Growth(25, 0.2, 24)
 
@@ -314,14 +317,14 @@ def _calibrated(task: _Task, source: _Source) -> tuple[Judge, Array]:
 
 
 def _fitted(rows: Array, task: _Task, chosen: NDArray[np.bool_]) -> tuple[Any, NDArray[np.int64]]:
-    """Fits on the columns that are known of at least two rows, and of those on the best alone."""
+    """Fits on the columns that are known of at least two rows; on the best, if no more may be."""
     learned = chosen & task.learned
     own, truth = rows[learned], task.truth[task.unit[learned]]
     columns = np.flatnonzero((~np.isnan(own)).sum(axis=0) >= 2)
     estimator = _estimator(len(own), task.growth, OF_ALL).fit(own[:, columns], truth)
-    gains = gains_of(estimator)
-    if gains and len(columns) > task.growth.columns:
-        best = sorted(gains, key=lambda i: (-gains[i], i))[: task.growth.columns]
+    most, gains = task.growth.columns, gains_of(estimator)
+    if most is not None and most < len(columns) and gains:
+        best = sorted(gains, key=lambda i: (-gains[i], i))[:most]
         columns = columns[np.sort(np.array(best, dtype=int))]
         estimator = _estimator(len(own), task.growth, OF_THE_BEST).fit(own[:, columns], truth)
     return estimator, columns

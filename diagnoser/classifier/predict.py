@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -113,6 +114,10 @@ class Classifier:
 
         What moved the verdict takes most of the time, and can be left out.
         """
+        with one_thread():
+            return self._predict(of, explain=explain)
+
+    def _predict(self, of: Vectors, *, explain: bool) -> Prediction:
         moments = (*of.earlier, of)
         excess = [self.reference.excess(moment) for moment in moments]
         rows = np.array(
@@ -167,6 +172,18 @@ class Classifier:
         return tuple(
             Reason(self.run_columns[i], float(row[i]), float(moved[i])) for i in order if moved[i]
         )
+
+
+def one_thread() -> AbstractContextManager[Any]:
+    """Keeps estimators to one thread for a while.
+
+    There is little to do for each of hundreds of trees; where other processes have the cores, the
+    threads wait for each other most of the time, and that takes seconds of computing.
+    """
+    from threadpoolctl import threadpool_limits
+
+    limited: AbstractContextManager[Any] = threadpool_limits(limits=1, user_api="openmp")
+    return limited
 
 
 def _of_components(columns: Sequence[str]) -> int:

@@ -13,13 +13,14 @@ import importlib
 import json
 import sys
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
 
-from diagnoser.classifier.predict import Classifier, Judge
+from diagnoser.classifier.predict import Classifier, Judge, one_thread
 from diagnoser.classifier.reference import Reference
 from diagnoser.errors import ClassifierError
 
@@ -42,6 +43,7 @@ def save(classifier: Classifier, path: Path, rows: np.ndarray[Any, Any]) -> None
     io = _skops_io()
     from sklearn import __version__ as sklearn_version
 
+    _store_once([classifier.verdict, classifier.location, *classifier.causes.values()])
     content = {
         "run_columns": list(classifier.run_columns),
         "reference_columns": list(classifier.reference.columns),
@@ -70,6 +72,21 @@ def save(classifier: Classifier, path: Path, rows: np.ndarray[Any, Any]) -> None
     }
     _replace(path, data)
     _replace(_description_of(path), (json.dumps(description, indent=1) + "\n").encode())
+
+
+def _store_once(judges: Iterable[Judge]) -> None:
+    """Makes trees share what is the same in all: two empty tables of categories a tree.
+
+    An array that many share is one entry of the file; without that half of its entries would be
+    empty, and a third of the time of reading it.
+    """
+    known: dict[tuple[Any, ...], np.ndarray[Any, Any]] = {}
+    for judge in judges:
+        for (tree,) in judge.estimator._predictors:
+            for name in ("binned_left_cat_bitsets", "raw_left_cat_bitsets"):
+                own = getattr(tree, name)
+                key = (own.shape, own.dtype.str, own.tobytes())
+                setattr(tree, name, known.setdefault(key, own))
 
 
 def shipped_classifier() -> Path | None:
@@ -105,7 +122,8 @@ def load(path: Path) -> Classifier:
     try:
         content = io.loads(data, trusted=sorted(ALLOWED))
         classifier = _classifier(content, description["about"])
-        found = classifier.verdict.probability(content["check_rows"])
+        with one_thread():
+            found = classifier.verdict.probability(content["check_rows"])
     except Exception as error:  # a damaged archive, or an estimator of another version: many ways
         _refuse(io, data, path)
         made_with = description.get("scikit_learn")
