@@ -106,15 +106,22 @@ def test_ten_configurations_made_from_scratch_have_the_committed_outcome(
     execute(wanted, "truth", store, Resources(jobs=2), complain=complaints.append)
     assert complaints == []
     runs = read_runs()
+    other_rounding = False
     for item in wanted:
         # Runs of clean twins beyond the pairs stay: they only say how clean runs spread.
         made = {row["seed"]: row for row in store.rows("truth", item.hash)}
+        kept = {row["seed"]: row for row in runs[item.hash]}
+        if item in clean:
+            other_rounding |= any(row["loss"] != kept[seed]["loss"] for seed, row in made.items())
         runs[item.hash] = [made.get(row["seed"], row) for row in runs[item.hash]]
     again = {h.hash: h for h in judge([i.judged() for i in items], runs, FLOORS)}
     for item in sample:
         made, kept = again[item.hash], committed[item.hash]
-        # Other processors round otherwise: numbers may differ, by less than what would matter, and
+        if not other_rounding:
+            assert repr(made) == repr(kept), item.configuration
+        # Where a processor rounds otherwise numbers may differ, by less than what would matter, and
         # decide only where the gap is all but the margin.
         assert abs(made.gap - kept.gap) <= kept.margin / 2, item.configuration
-        outcomes = {"proven", "ambiguous"} if kept.is_at_the_margin else {kept.harm}
-        assert made.harm in {kept.harm, *outcomes}, item.configuration
+        if not (other_rounding and kept.is_at_the_margin):
+            assert made.harm == kept.harm, item.configuration
+        assert made.harm in {kept.harm, "proven", "ambiguous"}, item.configuration

@@ -53,7 +53,7 @@ def runs(seed: int = 0) -> list[Seen]:
         for subject in (f"{track}-1", f"{track}-2", f"{track}-3"):
             for truth in (CLEAN, CLEAN, HOT, FROZEN):
                 own = replace(truth, subject=subject, track=track)
-                for i in range(6):
+                for i in range(12 if track == "train" else 6):
                     made += [Seen(own, look(rng, own, i, prefix)) for prefix in (0.5, 1.0)]
     return made
 
@@ -94,8 +94,7 @@ def test_all_judges_are_scored_side_by_side_and_printed_again(tmp_path, capsys):
     assert {s.split for s in scores} == {"dev"}
     assert {s.judge for s in scores} >= {"rules", "classifier", "together", "deepfd", "loss"}
     assert value(scores, "rules", "recall").value == 0.5
-    # So few runs of an origin decide where it alarms that it misses some; their order is right.
-    assert value(scores, "classifier", "auroc").value > 0.95
+    assert value(scores, "classifier", "recall").value > 0.9
     assert value(scores, "classifier", "false alarms HC1").value == 0.0
     assert value(scores, "classifier", "component_top_1").value > 0.9
     gap = value(scores, "together - rules", "auroc")

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from diagnoser.classifier import Classifier, Example, Vectors, fit, load, save, to_blame
 from diagnoser.classifier.fitting import _threshold
@@ -358,6 +359,15 @@ def test_a_type_that_is_not_allowed_is_refused_by_name(stored):
         load(stored)
 
 
+def test_an_estimator_that_skops_itself_would_trust_is_refused_too(stored):
+    import skops.io
+    from sklearn.linear_model import LogisticRegression
+
+    rewrite(stored, skops.io.dumps({"verdict": LogisticRegression()}))
+    with pytest.raises(ClassifierError, match="LogisticRegression, which is not allowed"):
+        load(stored)
+
+
 def test_a_file_that_was_changed_is_refused(stored):
     content = bytearray(stored.read_bytes())
     content[len(content) // 2] ^= 1
@@ -392,6 +402,41 @@ def test_a_library_that_reads_the_numbers_otherwise_is_noticed(stored):
     beside.write_text(json.dumps(description))
     with pytest.raises(ClassifierError, match="predicts otherwise"):
         load(stored)
+
+
+@pytest.mark.parametrize("before", ["pass", "import skops.io, pandas"])
+def test_reading_imports_little_and_leaves_what_others_use_as_it_is(stored, before):
+    """Also where they had imported it first."""
+    code = f"""
+import sys
+{before}
+had = {{*sys.modules}}
+from pathlib import Path
+from diagnoser.classifier import load
+load(Path({str(stored)!r}))
+print(*sorted({{"pandas", "torch", "pytest", "skops"}} & ({{*sys.modules}} - had)))
+import pandas, skops.io, sklearn.utils
+from sklearn.utils import fixes
+print(fixes.pd.__version__ == pandas.__version__, fixes.pd.Series([1]).sum())
+print(len(sklearn.utils.all_estimators()) > 100)
+print(skops.io.get_untrusted_types(data=skops.io.dumps(sklearn.linear_model.Ridge())))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["", "True 1", "True", "[]"]
+
+
+def test_it_judges_with_one_thread_and_gives_the_others_back(learned, unseen, monkeypatch):
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "openmp"}
+
+    seen, score = [], type(learned.verdict).score
+    monkeypatch.setattr(
+        type(learned.verdict), "score", lambda *given: seen.append(threads()) or score(*given)
+    )
+    with threadpool_limits(limits=2, user_api="openmp"):
+        learned.predict(unseen[0].vectors)
+        assert threads() == {2}
+    assert seen and all(of == {1} for of in seen)
 
 
 def test_importing_the_room_imports_no_learning_library():

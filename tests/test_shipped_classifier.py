@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,11 @@ def test_learned_again_from_what_is_kept_it_predicts_the_same(examples, tmp_path
 def test_the_precision_that_ships_was_counted_with_the_rules_that_ship():
     counted = set(json.loads((RULES / "precision.json").read_text())["rules"])
     assert counted and set(precision_of(default_rules())) == counted
+
+
+def test_the_documents_say_how_many_runs_it_was_learned_from():
+    about = load(SHIPPED).about
+    for name in ("README.md", "CHANGELOG.md"):
+        text = " ".join((RULES.parent / name).read_text("utf-8").split())
+        assert re.search(rf"learned from {about['runs']} (watched )?runs", text), name
+    assert f"{about['budget_runs']} at the default budget" in text

@@ -8,6 +8,7 @@ scikit-learn that reads the file differently is noticed.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
@@ -25,7 +26,13 @@ from diagnoser.classifier.reference import Reference
 from diagnoser.errors import ClassifierError
 
 SCHEMA: Final = "diagnoser.classifier/1"
-ALLOWED: Final = frozenset({"sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor"})
+ALLOWED: Final = frozenset(
+    {
+        "sklearn.ensemble._hist_gradient_boosting.gradient_boosting.HistGradientBoostingClassifier",
+        "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
+        "sklearn.preprocessing._label.LabelEncoder",
+    }
+)
 CHECK_ROWS: Final = 8
 SHIPPED: Final = "shipped.skops"
 REBUILD: Final = "learn it again from the benchmark's runs"
@@ -155,22 +162,36 @@ def _refuse(io: Any, data: bytes, path: Path) -> None:
         )
 
 
+@functools.cache
 def _skops_io() -> Any:
-    """Imports skops, but not all that it leads to.
+    """Imports a skops of our own, that trusts what is in ``ALLOWED`` and nothing of scikit-learn.
 
-    It has scikit-learn list its estimators, and so import its wrappers of torch and Dask, and torch
-    and Dask: half of the time, for nothing that is needed here. Of pandas scikit-learn asks the
-    version when it reads a kind of data file; until then a stand-in will do.
+    It would trust all estimators that there are, and import all of scikit-learn, its wrappers of
+    torch, and pytest to list them. Of pandas scikit-learn asks the version when it reads a kind of
+    data file; until then a stand-in will do. Whoever else uses skops gets theirs.
     """
-    wrappers = [f"sklearn.externals.array_api_compat.{name}" for name in ("torch", "dask")]
-    held = {name: ModuleType(name) for name in wrappers} | {"pandas": _Later("pandas")}
-    held = {name: module for name, module in held.items() if name not in sys.modules}
-    sys.modules.update(held)
+    theirs = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_skops(name)}
+    if stand_in := "pandas" not in sys.modules:
+        sys.modules["pandas"] = _Later("pandas")
     try:
-        return importlib.import_module("skops.io")
+        import sklearn.utils
+
+        lists_all = sklearn.utils.all_estimators
+        sklearn.utils.all_estimators = list
+        try:
+            return importlib.import_module("skops.io")
+        finally:
+            sklearn.utils.all_estimators = lists_all
     finally:
-        for name in held:
+        if stand_in:
+            del sys.modules["pandas"]
+        for name in [name for name in sys.modules if _is_skops(name)]:
             del sys.modules[name]
+        sys.modules.update(theirs)
+
+
+def _is_skops(name: str) -> bool:
+    return name == "skops" or name.startswith("skops.")
 
 
 class _Later(ModuleType):
