@@ -29,16 +29,10 @@ import diagnoser
 from benchmarks.outcomes import BENCH, SIZE
 from diagnoser.benchmark.configuration import catalogue
 from diagnoser.benchmark.dataset import HEALTHY, Seen, Truth, recording_of, truths
-from diagnoser.benchmark.evaluate import learn, read
-from diagnoser.benchmark.examples import (
-    columns_of,
-    influential,
-    read_examples,
-    rounded,
-    write_examples,
-)
+from diagnoser.benchmark.evaluate import lessons, read
+from diagnoser.benchmark.examples import columns_of, read_examples, write_examples
 from diagnoser.benchmark.jobs import Mode
-from diagnoser.benchmark.judges import example, precisions
+from diagnoser.benchmark.judges import precisions
 from diagnoser.benchmark.plan import make_plan
 from diagnoser.benchmark.results import Store
 from diagnoser.benchmark.teaching import Extreme, extremes, learn_ranges
@@ -50,7 +44,6 @@ from diagnoser.rules.ranges import save_ranges, shipped_ranges
 
 RULES: Final = Path(__file__).parents[1] / "rules"
 SHIPPED: Final = Path(diagnoser.__file__).parent / "classifier" / "shipped.skops"
-RUN_COLUMNS, COMPONENT_COLUMNS = 160, 40  # that the classifier rests on
 
 
 def main() -> None:
@@ -88,11 +81,11 @@ def from_runs(store: Store) -> None:
     save_precision(RULES / "precision.json", rules, counted, runs)
     print(f"precision of {len(counted)} rules on {runs} runs")
 
-    chosen = [run for runs in seen.values() for run in runs if run.truth.is_scored]
-    everything = learn(chosen).classifier
-    run_columns, component_columns = influential(everything, RUN_COLUMNS, COMPONENT_COLUMNS)
-    examples = [rounded(example(run), run_columns, component_columns) for run in chosen]
-    about = {"runs": runs, "budget_runs": len({_run(run) for run in seen["budget"]})}
+    examples = lessons([run for runs in seen.values() for run in runs])
+    about = {
+        "runs": runs,
+        "budget_runs": len({_run(run) for run in seen["budget"] if run.truth.is_scored}),
+    }
     write_examples(BENCH, examples, about)
 
 

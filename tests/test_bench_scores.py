@@ -15,7 +15,7 @@ from benchmarks import scores_document
 from diagnoser.benchmark import commands
 from diagnoser.benchmark.baselines import Opinion
 from diagnoser.benchmark.dataset import Look, Seen
-from diagnoser.benchmark.evaluate import learn
+from diagnoser.benchmark.evaluate import learn, learn_classifier
 from diagnoser.benchmark.families import FAMILIES
 from diagnoser.benchmark.scores import read_scores
 from diagnoser.classifier import Vectors
@@ -150,7 +150,7 @@ def test_damaged_scores_are_named(tmp_path, capsys):
 
 def test_nothing_of_a_family_that_is_left_out_is_learned_from():
     train = [run for run in runs() if run.truth.track == "train"]
-    columns = {f: learn(train, f).classifier.run_columns for f in ("LG", "H", FAMILIES)}
+    columns = {f: learn_classifier(train, f).run_columns for f in ("LG", "H", FAMILIES)}
     assert any("trace_z" in name for name in columns["H"])
     assert not any("trace_z" in name or "sharpness" in name for name in columns["LG"])
     assert {*columns["LG"], *columns["H"]} == {*columns[FAMILIES]}

@@ -14,6 +14,7 @@ from joblib import Parallel, delayed
 from diagnoser.benchmark.baselines import DeepFD, fit_deepfd
 from diagnoser.benchmark.configuration import Catalogue
 from diagnoser.benchmark.dataset import Seen, digest_of_code, features, truths
+from diagnoser.benchmark.examples import columns_of, influential, rounded
 from diagnoser.benchmark.families import (
     FAMILIES,
     columns_of_components,
@@ -34,11 +35,12 @@ from diagnoser.benchmark.judges import (
 from diagnoser.benchmark.plan import Plan
 from diagnoser.benchmark.results import Store
 from diagnoser.benchmark.scoring import Verdict
-from diagnoser.classifier import Classifier, fit
+from diagnoser.classifier import Classifier, Example, fit
 from diagnoser.diagnosis import default_rules
 from diagnoser.errors import BenchmarkError
 from diagnoser.rules import Precision
 
+RUN_COLUMNS, COMPONENT_COLUMNS = 160, 40  # that the classifier that ships rests on
 OPINIONS: Final = ("loss", "autotrainer", "gradient norm", "update ratio", "entropy")
 
 
@@ -76,19 +78,30 @@ def read(
     return seen
 
 
-def learn(seen: Sequence[Seen], families: Iterable[str] = FAMILIES) -> Learned:
-    """Learns from runs that are known to be faulty or healthy.
+def learn(seen: Sequence[Seen]) -> Learned:
+    """Learns from runs known to be faulty or healthy, the classifier as the one that ships.
 
     Raises:
         BenchmarkError, ClassifierError: Too few of them.
     """
-    classifier = learn_classifier(seen, families)
+    examples = lessons(seen)
+    classifier = fit(examples, *columns_of(examples), {"runs": len(examples)})
     chosen = [run for run in seen if run.truth.is_scored]
     watched = [run for run in chosen if run.look.mode == "watched"]
     precision = precisions(watched, {rule.id: rule.causes for rule in default_rules()})
     labels = [run.truth.causes if run.truth.is_faulty else () for run in chosen]
     deepfd = fit_deepfd([run.look.deepfd for run in chosen], labels)
     return Learned(classifier, deepfd, precision)
+
+
+def lessons(seen: Sequence[Seen]) -> list[Example]:
+    """Returns what the classifier that ships learns from: the columns on which one of all rests.
+
+    Raises:
+        BenchmarkError, ClassifierError: Too few runs that are known to be faulty or healthy.
+    """
+    columns = influential(learn_classifier(seen), RUN_COLUMNS, COMPONENT_COLUMNS)
+    return [rounded(example(run), *columns) for run in seen if run.truth.is_scored]
 
 
 def learn_classifier(seen: Sequence[Seen], families: Iterable[str] = FAMILIES) -> Classifier:
