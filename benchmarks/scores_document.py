@@ -47,7 +47,7 @@ TARGETS: Final[Mapping[str, float]] = {
     "component_top_3": 0.80,
 }
 SHOWN: Final = (
-    *("auroc", "recall", ORDINARY, "macro_f1", "cause_top_3"),
+    *("auroc", "recall_at_5", "recall", ORDINARY, "macro_f1", "cause_top_3"),
     *("component_top_1", "component_top_3"),
 )
 
@@ -55,9 +55,11 @@ SHOWN: Final = (
 def named(name: str) -> str:
     """Returns a figure's name in words.
 
-    >>> named("false alarms HC1+HC2"), named("cause_top_3")
-    ('false alarms, HC1 and HC2', 'cause top 3')
+    >>> named("false alarms HC1+HC2"), named("cause_top_3"), named("recall_at_5")
+    ('false alarms, HC1 and HC2', 'cause top 3', 'recall at 5 %')
     """
+    if name == "recall_at_5":
+        return "recall at 5 %"
     return word(name).replace("false alarms ", "false alarms, ").replace("+", " and ")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import f1_score, roc_auc_score
+from sklearn.metrics import f1_score, roc_auc_score, roc_curve
 
 from diagnoser.benchmark.dataset import Look, Seen, Truth
 from diagnoser.benchmark.families import family_of
@@ -163,6 +163,27 @@ def test_an_interval_over_configurations_is_wider_than_one_over_runs():
     alike += [Verdict(MASKED, i, True, 1.0, ("label_noise",)) for i in range(20)]
     figure = value(figures(alike), "cause_top_1")
     assert (figure.low, figure.value, figure.high) == (0.0, 0.5, 1.0)
+
+
+def test_recall_at_five_percent_lets_no_more_than_that_of_ordinary_runs_pass():
+    ordinary = [Verdict(CLEAN, i, False, i / 40) for i in range(40)]  # two of 40 may pass
+    faulty = [Verdict(HOT, i, False, score) for i, score in enumerate((0.93, 0.925, 0.99, 2.0))]
+    odd = [
+        Verdict(replace(CLEAN, role="HC4", harm="no effect"), 0, True, 9.0)
+    ]  # not ordinary: moves nothing
+    figure = value(figures(ordinary + faulty + odd), "recall_at_5")
+    assert figure.value == 0.75 and figure.n == 44  # above 0.925, the third highest
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=2).filter(
+        lambda rows: len({faulty for _, faulty in rows}) == 2
+    )
+)
+def test_recall_at_five_percent_is_a_point_of_the_roc_curve(rows):
+    said = [Verdict(HOT if faulty else CLEAN, 0, False, score) for score, faulty in rows]
+    wrong, found, _ = roc_curve([f for _, f in rows], [s for s, _ in rows], drop_intermediate=False)
+    assert of("recall_at_5", said) == pytest.approx(found[wrong <= 0.05].max())
 
 
 def test_judges_are_compared_on_the_same_runs_only():

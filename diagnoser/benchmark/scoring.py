@@ -25,6 +25,7 @@ from diagnoser.vocabulary import CAUSE_CATEGORY, CAUSES, MODEL
 ORDINARY: Final = ("HC1", "HC2")  # nothing odd about them: what users have most
 # Scored apart: latent defects, and controls that were not proven to be as good as clean runs.
 CONTROLS: Final = (*HEALTHY, "HC5b", "HCx")
+ALLOWED: Final = 0.05  # of ordinary runs that may be called faulty, of `recall_at_5`
 UNNAMED: Final = ""  # the category of a judge that names no cause
 
 
@@ -74,8 +75,9 @@ class Statistic:
 def figures(verdicts: Sequence[Verdict]) -> list[Figure]:
     """Scores a judge; a figure that nothing was counted on is left out.
 
-    ``auroc`` faulty against healthy controls (HC1 to HC4, HC5a); ``recall``; ``false alarms`` of
-    the judge's own decision, for each set of controls and for HC1 and HC2 together; ``macro_f1``
+    ``auroc`` faulty against healthy controls (HC1 to HC4, HC5a); ``recall`` and ``false alarms`` of
+    the judge's own decision, for each set of controls and for HC1 and HC2 together; ``recall_at_5``
+    with the threshold, known only with the truth, that 5 % of HC1 and HC2 pass; ``macro_f1``
     over categories of causes, of the first cause of runs that are faulty; ``cause_top_1`` and
     ``_3``; ``component_top_1`` and ``_3`` of runs with a local fault. Causes and components are
     ranks, of all faulty runs, whether or not the judge calls them faulty.
@@ -223,6 +225,23 @@ def area(numbers: Array) -> float:
     return float(above / (positives * negatives))
 
 
+def _recall_at_5(numbers: Array) -> float:
+    """Share of faulty runs that score above all ordinary ones but the `ALLOWED`.
+
+    ``numbers`` are score and whether it is faulty. NaN as in `area`.
+    """
+    scores, faulty = numbers[:, 0], numbers[:, 1] > 0
+    ordinary = np.sort(scores[~faulty])
+    if not faulty.any() or not len(ordinary) or np.isnan(scores).any():
+        return math.nan
+    bound = ordinary[-1 - math.floor(ALLOWED * len(ordinary))]
+    return float((scores[faulty] > bound).mean())
+
+
+def _scored(verdicts: Sequence[Verdict]) -> Array:
+    return np.array([(v.score, v.truth.is_faulty) for v in verdicts], dtype=float).reshape(-1, 2)
+
+
 def _categories(verdicts: Sequence[Verdict]) -> Array:
     """Returns the true category and that of the first cause, as numbers.
 
@@ -275,10 +294,9 @@ def _share(numbers: Array) -> float:
 
 
 STATISTICS: Final[Mapping[str, Statistic]] = {
-    "auroc": Statistic(
-        lambda v: v.truth.is_scored,
-        lambda vs: np.array([(v.score, v.truth.is_faulty) for v in vs], dtype=float).reshape(-1, 2),
-        area,
+    "auroc": Statistic(lambda v: v.truth.is_scored, _scored, area),
+    "recall_at_5": Statistic(
+        lambda v: v.truth.is_faulty or v.truth.control in ORDINARY, _scored, _recall_at_5
     ),
     "macro_f1": Statistic(
         lambda v: v.truth.is_faulty and bool(v.truth.causes), _categories, _macro_f1
