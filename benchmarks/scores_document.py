@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import operator
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -213,6 +214,34 @@ def sureness(split: str, directory: Path = BENCH) -> str:
             ]
         lines.append([f"{low:.1f} to {low + 0.1:.1f}", *cells])
     return table(["said", "classifier, mean", "faulty", "together, mean", "faulty"], lines)
+
+
+def summary(directory: Path = BENCH) -> str:
+    """What came of the test subjects, in words."""
+    rows = rows_of("scores", "test", directory)
+    if not rows:
+        return NOT_YET.format("test")
+    scores, budget = whole(rows), whole(rows, "budget")
+
+    def rate(name: str, of: Mapping[tuple[str, str], Row] = scores) -> str:
+        row = of[TOGETHER, name]
+        return f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+    def counted(name: str) -> str:
+        row = scores[TOGETHER, name]
+        return f"{round(row['value'] * row['n'])} of {row['n']}"
+
+    text = (
+        f"On {scores[TOGETHER, 'auroc']['n']} runs of three small models that nothing was learned "
+        "from and nothing chosen on, with sixteen measurements each: "
+        f"{counted('recall')} faulty runs are called faulty, {rate('recall')}, and "
+        f"{counted(ORDINARY)} healthy ones with another seed or recipe, {rate(ORDINARY)}; of odd "
+        f"but valid ones {counted('false alarms HC4')}. The true cause is among the first three in "
+        f"{rate('cause_top_3')}, the component is the first in {rate('component_top_1')}. At the "
+        f"default budget {rate('recall', budget)} are called faulty. What is missed, and every "
+        "other judge on the same runs: [docs/scores.md](docs/scores.md)."
+    )
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
 def openings(directory: Path = BENCH) -> str:
