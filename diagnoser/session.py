@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diagnoser.classifier import load
 from diagnoser.curvature import ProbeSet
-from diagnoser.diagnosis import chosen, diagnose
+from diagnoser.diagnosis import chosen, diagnose, is_grave
 from diagnoser.errors import (
     ClassifierError,
     DiagnoserError,
@@ -30,7 +30,7 @@ from diagnoser.report import finding_line, write_run
 from diagnoser.rules import Rule
 from diagnoser.runlog import Recording, RecordingBuilder, RunLogWriter
 from diagnoser.types import Diagnosis, Finding, Unknown
-from diagnoser.vocabulary import MODEL, severity_rank
+from diagnoser.vocabulary import MODEL
 
 SAID_AT_THE_END = 3  # events of the monitor
 SAID_KINDS = ("monitor_error", "unmeasurable", "curvature_method", "over_budget")
@@ -202,7 +202,7 @@ class Watch:
     def _look_for_findings(self) -> None:
         """Prints findings that are new, as often as a two-hundredth of training time allows.
 
-        The monitor is told what is suspected.
+        The monitor is told what is suspected, and its schedule that something is.
         """
         allowed = ANNOUNCING_SHARE * self._schedule.training_s
         if self._announce is None:  # nobody waits for the first ones
@@ -215,9 +215,10 @@ class Watch:
         self._monitor.suspect(
             finding.component for finding in diagnosis.findings if finding.component != MODEL
         )
-        for finding in diagnosis.findings:
-            if severity_rank(finding.severity) >= severity_rank("medium"):
-                self._print_once(finding)
+        grave = [finding for finding in diagnosis.findings if is_grave(finding.severity)]
+        self._schedule.alarmed |= bool(grave)
+        for finding in grave:
+            self._print_once(finding)
         self._looked_s += time.perf_counter() - start
         self._looks += 1
 
@@ -320,8 +321,10 @@ def watch(
             lists and mappings of them, are measured in pieces where memory is short.
         dtype: With ``probe``: the type that curvature is measured in, such as ``torch.float64``.
         out: The run directory; a new one under ``diagnoser-runs/`` if left out.
-        overhead: Share of training time that measuring may take. Eight curvature measurements are
-            made in any run of 200 steps even where that exceeds it; the log then says so.
+        overhead: Share of training time that measuring may take; half of it until there is an
+            alarm, of which curvature beyond the first, spectra and coupling wait. Eight curvature
+            measurements are made in any run of 200 steps even where that exceeds it; the log then
+            says so.
         every: Measure everything each that many steps, whatever it costs.
         at: Measure at these steps instead, whatever it costs; beside what every measurement holds,
             each names what else it measures: ``{10: ("spectrum",), 40: ("interaction",), 70: ()}``.

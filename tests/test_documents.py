@@ -108,4 +108,4 @@ def test_misses_of_the_monitor_are_those_of_its_figures() -> None:
     assert monitor_overhead.misses(found["models"]) == found["missed"]
     for row in found["models"].values():
         assert row["memory"]["ratio"] <= 2.5
-        assert row["tiers"]["default"]["curvature_measurements_in_200_steps"] >= 8
+        assert row["tiers"]["after an alarm"]["curvature_measurements_in_200_steps"] >= 8

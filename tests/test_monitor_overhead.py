@@ -46,7 +46,7 @@ def plans(name: str) -> list[Any]:
         ("always on", set()),
         ("statistics", {"statistics"}),
         ("curvature", {"statistics", "curvature"}),
-        ("default", {"statistics", "curvature", "spectrum", "interaction"}),
+        ("after an alarm", {"statistics", "curvature", "spectrum", "interaction"}),
     ],
 )
 def test_a_tier_measures_what_it_is_called(name: str, measured: set[str]) -> None:
@@ -97,7 +97,7 @@ def figures(
 
     return {
         "plain_ms_a_step": plain_ms,
-        "tiers": {"always on": tier(always), "default": tier(default)},
+        "tiers": {"always on": tier(always), "after an alarm": tier(default)},
         "memory": {"ratio": 1.0, "everything_ratio": memory},
         "others": {"control": {"ratio_median": 1.0}},
     }
@@ -134,7 +134,9 @@ def test_the_quick_form_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         assert row["memory"]["everything_ratio"] > 1.0
     assert row["tiers"]["always on"]["samples"] == 0
     assert row["tiers"]["statistics"]["curvature_measurements_in_200_steps"] == 0
-    assert row["tiers"]["default"]["curvature_measurements_in_200_steps"] == 4  # 0, 5, 10 and 20
+    assert (
+        row["tiers"]["after an alarm"]["curvature_measurements_in_200_steps"] == 4
+    )  # 0, 5, 10 and 20
     assert found["published"]["training time, every step"] == {"HessTrace": 1.57, "HessMaxEV": 7.1}
     assert capsys.readouterr().out.strip() == table(found["models"])
 

@@ -36,8 +36,7 @@ def simulate(
         plan = schedule.plan(step)
         plans.append(plan)
         if plan.follow:
-            kind = "spectrum" if plan.spectrum else "interaction" if plan.interaction else "sample"
-            cost = costs[kind] * (1 + noise * chance.uniform(-1, 1))
+            cost = costs[plan.turn] * (1 + noise * chance.uniform(-1, 1))
             schedule.account(plan, cost)
             schedule.learn(plan, cost)
         if ask(step):
@@ -46,8 +45,11 @@ def simulate(
     return plans
 
 
+KINDS = ("statistics", "sample", "spectrum", "interaction")
+
+
 def relative(step_s: float) -> dict[str, float]:
-    return {"sample": 4 * step_s, "spectrum": 40 * step_s, "interaction": 30 * step_s}
+    return {name: times * step_s for name, times in zip(KINDS, (2, 4, 40, 30), strict=True)}
 
 
 def always(step: int) -> bool:
@@ -64,22 +66,48 @@ def test_eight_curvature_measurements_in_200_steps_whatever_they_cost(
     overhead: float, step_s: float, relative: float
 ) -> None:
     cost = relative * step_s
-    plans = simulate(
-        Schedule(overhead), 200, step_s, {"sample": cost, "spectrum": cost, "interaction": cost}
-    )
+    plans = simulate(Schedule(overhead), 200, step_s, dict.fromkeys(KINDS, cost))
     assert sum(plan.curvature and plan.statistics for plan in plans) >= 8
 
 
 @pytest.mark.parametrize("step_s", [0.05, 0.5])
 @pytest.mark.parametrize("overhead", [0.05, 0.10])
-def test_the_budget_is_kept_within_a_quarter(step_s: float, overhead: float) -> None:
+def test_after_an_alarm_the_budget_is_kept_within_a_quarter(step_s: float, overhead: float) -> None:
     costs = relative(step_s)
-    schedule = Schedule(overhead)
+    schedule = Schedule(overhead, alarmed=True)
     plans = simulate(schedule, 2000, step_s, costs)
     spent = schedule.guaranteed_s + schedule.bought_s
     assert 0.75 * overhead <= spent / (2000 * step_s) <= 1.25 * overhead
     assert any(p.spectrum for p in plans)
     assert any(p.interaction for p in plans) == (overhead == 0.10)
+
+
+@pytest.mark.parametrize("step_s", [0.05, 0.5])
+@pytest.mark.parametrize("overhead", [0.05, 0.10])
+def test_before_an_alarm_half_of_the_budget_buys_statistics_alone(
+    step_s: float, overhead: float
+) -> None:
+    schedule = Schedule(overhead)
+    plans = simulate(schedule, 3000, step_s, relative(step_s))
+    spent = schedule.guaranteed_s + schedule.bought_s
+    assert 0.75 * overhead / 2 <= spent / (3000 * step_s) <= 1.25 * overhead / 2
+    bought = [plan for plan in plans if plan and not plan.guaranteed]
+    assert bought and not any(plan.curvature for plan in bought)
+
+
+@pytest.mark.parametrize("step_s", [0.001, 0.05])
+def test_an_alarm_is_followed_by_what_was_saved_for_it(step_s: float) -> None:
+    """All of it within the steps that the samples need: nothing has to be earned first."""
+    schedule = Schedule(0.10)
+
+    def alarm(step: int) -> bool:
+        schedule.alarmed |= step == 3999
+        return False
+
+    costs = {name: cost / (40 if step_s < 0.01 else 1) for name, cost in relative(step_s).items()}
+    plans = simulate(schedule, 4060, step_s, costs, ask=alarm)
+    after = [plan.turn for plan in plans[4000:] if plan.follow]
+    assert {"sample", "spectrum", "interaction"} <= set(after)
 
 
 @pytest.mark.parametrize("step_s", [0.001, 0.02])
@@ -92,14 +120,14 @@ def test_small_steps_buy_at_most_100_microseconds_each(step_s: float) -> None:
 
 def test_without_a_budget_only_the_guaranteed_measurements_are_made() -> None:
     schedule = Schedule(0.0)
-    simulate(schedule, 1000, 0.05, dict.fromkeys(("sample", "spectrum", "interaction"), 0.2))
+    simulate(schedule, 1000, 0.05, dict.fromkeys(KINDS, 0.2))
     assert schedule.bought_s == 0.0 and schedule.guaranteed_s > 0.0
 
 
 @given(every=st.integers(2, 50))
 def test_every_measures_everything_over_two_steps(every: int) -> None:
     schedule = Schedule(0.0, every)
-    costs = dict.fromkeys(("sample", "spectrum", "interaction"), 1.0)
+    costs = dict.fromkeys(KINDS, 1.0)
     for step, plan in enumerate(simulate(schedule, 101, 0.05, costs)):
         assert plan.statistics == (step % every == 0)
         assert plan.follow == (step % every == 1)
@@ -112,7 +140,7 @@ def test_every_measures_everything_over_two_steps(every: int) -> None:
 )
 def test_forced_steps_measure_what_each_names_and_nothing_else_is_measured(at) -> None:
     schedule = Schedule(0.10, at=at)
-    costs = dict.fromkeys(("sample", "spectrum", "interaction"), 0.0)
+    costs = dict.fromkeys(KINDS, 0.0)
     for step, plan in enumerate(simulate(schedule, 101, 0.05, costs)):
         turns = at.get(step - step % 2) if at else None
         if at:
@@ -123,9 +151,9 @@ def test_forced_steps_measure_what_each_names_and_nothing_else_is_measured(at) -
             assert found == tuple(turn in turns for turn in EVERYTHING)
 
 
-def test_a_sample_is_two_neighbouring_steps_with_one_plan() -> None:
-    costs = {"sample": 0.2, "spectrum": 2.0, "interaction": 1.5}
-    plans = simulate(Schedule(0.10), 2000, 0.05, costs)
+@pytest.mark.parametrize("alarmed", [False, True])
+def test_a_sample_is_two_neighbouring_steps_with_one_plan(alarmed: bool) -> None:
+    plans = simulate(Schedule(0.10, alarmed=alarmed), 2000, 0.05, relative(0.05))
     for first, second in zip(plans, plans[1:], strict=False):
         assert not (first.statistics and first.follow)
         assert first.statistics == second.follow
@@ -174,7 +202,7 @@ def test_triggers_spend_at_most_what_400_steps_bring_in_advance(
     step_s: float, overhead: float, cost: float
 ) -> None:
     """But for one sample that turns out dearer than the guess, before any was made."""
-    costs = dict.fromkeys(("sample", "spectrum", "interaction"), cost * step_s)
+    costs = dict.fromkeys(KINDS, cost * step_s)
     for steps in (50, 300, 1500):
         schedule = Schedule(overhead)
         simulate(schedule, steps, step_s, costs, ask=always)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diagnoser import watch
+from diagnoser import session, watch
 from diagnoser.errors import RunLogError, UsageError
+from diagnoser.monitor import schedule
 from diagnoser.runlog import read_run
 from diagnoser.session import new_run_directory
 
@@ -193,6 +194,27 @@ def test_the_guaranteed_curvature_comes_at_any_budget_and_the_log_says_so(tmp_pa
             training.step()
     assert len(watched.log.series("update_curvature", "model").step) >= 8
     assert [event.kind for event in watched.log.events if event.kind == "over_budget"]
+
+
+@pytest.mark.parametrize("clear", [True, False])
+def test_curvature_beyond_the_guaranteed_waits_for_an_alarm(tmp_path, monkeypatch, clear):
+    """However large the budget is. Gradients that are never cleared are one."""
+    monkeypatch.setattr(schedule, "SMALL_STEP_S", 0.0)
+    monkeypatch.setattr(session, "ANNOUNCING_SHARE", 100.0)  # of a training of milliseconds
+    training = Training()
+    if not clear:
+        monkeypatch.setattr(training.optimizer, "zero_grad", lambda: None)
+    with watch(
+        training.model, training.optimizer, overhead=100.0, out=tmp_path / "run", verbose=False
+    ) as watched:
+        for _ in range(120):
+            training.step()
+    bought = {*watched.log.measured.step.tolist()} - {*schedule.GUARANTEED_STATISTICS}
+    curved = {*watched.log.series("update_curvature", "model").step.tolist()}
+    assert len(bought) >= 10
+    assert bool(bought & curved) is not clear
+    assert ("trace" in watched.log.measurements.quantities) is not clear
+    assert watched.diagnose().verdict == ("healthy" if clear else "faulty")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """When to measure what: a guaranteed skeleton, and beyond it only what the budget pays for.
 
 The run's length is not known in advance, so the guaranteed measurements lie densely at the start
-and thin out. A *sample* takes two neighbouring steps (see `sample`). More samples, spectrum and
-interaction are bought from the budget, in turn. A trigger (see `triggers`) brings a sample forward:
-it is taken at once, on credit, and later ones wait until it is paid for.
+and thin out. A *sample* takes two neighbouring steps (see `sample`). More are bought from the
+budget, in two stages. Until something seems wrong they hold statistics alone and take at most half
+of it: on models that nothing was learned from, curvature made diagnoses no better than the rest did
+(``docs/ablation.md``). After an alarm, what was saved pays for curvature, spectrum and interaction
+in turn. A trigger (see `triggers`) is an alarm, and brings a sample forward: it is taken at once,
+on credit, and later ones wait until it is paid for.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ MINIMUM_GAP = 5  # steps between two samples that the budget pays for
 MOST_TRIGGERED = 8  # samples of a run
 TRIGGER_GAP = 10  # steps between two of them
 STEPS_IN_ADVANCE = 400  # whose allowance triggered samples may spend before it is earned
-TURNS = ("sample", "spectrum", "sample", "interaction")
+FIRST_STAGE = 0.5  # of the budget, before the first alarm
+TURNS = ("sample", "spectrum", "sample", "interaction")  # after it
+FIRST_GUESS = {"statistics": 2.0, "sample": 4.0, "spectrum": 40.0, "interaction": 30.0}  # steps
 EVERYTHING = ("spectrum", "interaction", "norms")  # beside what every sample measures
 
 
@@ -42,6 +47,13 @@ class Plan:
     def __bool__(self) -> bool:
         return self.statistics or self.follow
 
+    @property
+    def turn(self) -> str:
+        """What its sample is called, by the dearest that it holds."""
+        if not self.curvature:
+            return "statistics"
+        return "spectrum" if self.spectrum else "interaction" if self.interaction else "sample"
+
 
 @dataclass(slots=True)
 class Schedule:
@@ -51,7 +63,8 @@ class Schedule:
     made even beyond it. At steps shorter than 30 ms a sample costs several steps whatever is done,
     so there the guaranteed ones are kept apart and the budget is at most 100 microseconds a step.
     ``every`` forces a full sample every that many steps instead of the budget; ``at`` forces
-    samples at its steps, each with the turns it names beside them, whatever they cost.
+    samples at its steps, each with the turns it names beside them, whatever they cost. ``alarmed``
+    is set from outside or by a trigger, and stays.
 
     Triggered samples have an account of their own. It may never exceed what the budget allows for
     all steps so far and the next `STEPS_IN_ADVANCE`, so that they are there early in a run, when
@@ -62,6 +75,7 @@ class Schedule:
     overhead: float = 0.10
     every: int | None = None
     at: Mapping[int, Collection[str]] = field(default_factory=dict)
+    alarmed: bool = False
     training_s: float = 0.0
     guaranteed_s: float = 0.0
     bought_s: float = 0.0
@@ -103,15 +117,15 @@ class Schedule:
             return self._sample(step, Plan(follow=True, curvature=True, triggered=True))
         if step < 5 or step - self._last_sample < MINIMUM_GAP:
             return Plan()
-        turn = TURNS[self._turn % len(TURNS)]
+        turn = TURNS[self._turn % len(TURNS)] if self.alarmed else "statistics"
         if self.credit < self.expected_cost(turn):
             return Plan()
-        self._turn += 1
+        self._turn += self.alarmed
         return self._sample(
             step,
             Plan(
                 follow=True,
-                curvature=True,
+                curvature=self.alarmed,
                 spectrum=turn == "spectrum",
                 interaction=turn == "interaction",
             ),  # fmt: skip
@@ -123,11 +137,12 @@ class Schedule:
         return None if step % self.every else EVERYTHING
 
     def ask(self, step: int) -> bool:
-        """Asks at ``step`` for a sample at once; returns whether it is granted.
+        """Raises an alarm at ``step`` and asks for a sample at once; returns whether it is granted.
 
         It is not where every measurement is forced or there is no budget, within `TRIGGER_GAP`
         steps of the last one granted, after `MOST_TRIGGERED` of them, and beyond their account.
         """
+        self.alarmed = True
         if (
             self.forced
             or self._triggered >= MOST_TRIGGERED
@@ -166,13 +181,13 @@ class Schedule:
     @property
     def credit(self) -> float:
         """Seconds that may be spent on bought measurements now."""
-        earned = self._allowance * self.steps - self.bought_s - self.triggered_s
+        share = 1.0 if self.alarmed else FIRST_STAGE
+        earned = share * self._allowance * self.steps - self.bought_s - self.triggered_s
         return earned if self.step_s < SMALL_STEP_S else earned - self.guaranteed_s
 
     def expected_cost(self, turn: str) -> float:
         """Seconds the next turn is expected to take: the last one's, else a multiple of a step."""
-        first_guess = {"sample": 4.0, "spectrum": 40.0, "interaction": 30.0}[turn]
-        return self._costs.get(turn, first_guess * self.step_s)
+        return self._costs.get(turn, FIRST_GUESS[turn] * self.step_s)
 
     def account(self, plan: Plan, seconds: float) -> None:
         """Books ``seconds`` of monitoring; ``plan`` is the second step's where there are two."""
@@ -185,7 +200,5 @@ class Schedule:
 
     def learn(self, plan: Plan, seconds: float) -> None:
         """Remembers what a whole sample of this kind took."""
-        turn = "spectrum" if plan.spectrum else "interaction" if plan.interaction else "sample"
-        if plan.curvature:
-            self.curvature_measurements += 1
-            self._costs[turn] = seconds
+        self.curvature_measurements += plan.curvature
+        self._costs[plan.turn] = seconds
