@@ -586,6 +586,7 @@ def test_a_record_with_one_wrong_value_costs_one_line(data: st.DataObject) -> No
         b'{"record":"end","exit_code":"0","cost":null,"lost_records":0}\n',
         b'{"record":"fact","step":1,"name":2,"component":"a","value":1,"data":{}}\n',
         b'{"record":"event","step":1,"kind":"a","message":"b","data":[]}\n',
+        b'{"record":"event","step":9223372036854775808,"kind":"a","message":"b","data":{}}\n',
     ],
 )
 def test_damaged_lines_are_counted(tmp_path: Path, line: bytes) -> None:
@@ -614,6 +615,12 @@ def test_rows_that_do_not_fit_are_damage(tmp_path: Path, column: str, values: li
     record["rows"][column] = values
     (tmp_path / LOG_FILE).write_bytes(b"".join([*lines, json.dumps(record).encode() + b"\n"]))
     assert read_run(tmp_path).damaged_lines == 1
+
+
+def test_a_step_of_more_than_64_bits_leaves_nothing_of_its_measurement(tmp_path: Path) -> None:
+    record = json.loads(write_example(tmp_path)[2])
+    for step in (2**63, -(2**63) - 1):
+        check_damage(json.dumps({**record, "step": step}).encode() + b"\n")
 
 
 def test_what_is_not_a_run_is_named(tmp_path: Path) -> None:

@@ -364,6 +364,8 @@ def _check_lengths(*columns: array[Any]) -> None:
 def _integer(value: Any) -> int:
     if type(value) is not int:
         raise TypeError("not a whole number")
+    if not -(2**63) <= value < 2**63:
+        raise OverflowError("a whole number of more than 64 bits")
     return value
 
 
