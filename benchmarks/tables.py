@@ -6,7 +6,6 @@ the module of the document) and nowhere else; a test holds the files against the
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -36,36 +35,40 @@ def _rate(rate: dict[str, Any] | None) -> str:
     return f"{rate['count']}/{rate['of']} [{rate['low']:.2f}, {rate['high']:.2f}]"
 
 
-def evidence(*, by_fault: bool = False) -> str:
-    """Right and wrong diagnoses on two scripts, all together or with the harm of each fault."""
-    summary = {line["runs"]: line for line in _json("first_slice.json")["summary"]}
-    harm = _json("subject_harm.json")
-    lines = [
-        "| runs | called faulty | cause in top 3 | component first | AutoTrainer | accuracy lost |",
-        "|---|---|---|---|---|---|",
+MEASURED = ("called faulty", "cause in top 3", "component first", "AutoTrainer")
+
+
+def evidence() -> str:
+    """Right and wrong diagnoses on two scripts, of healthy and of faulty runs, as a table."""
+    summary = _summary()
+    healthy, faulty = summary["healthy"], summary["all faults"]
+    rows = [
+        ["healthy", _rate(healthy["alarmed"]), "", "", _rate(healthy["autotrainer"])],
+        ["faulty", *_rates(faulty)],
     ]
-    if not by_fault:
-        healthy = summary["healthy"]
-        lines.append(
-            f"| healthy, both scripts | {_rate(healthy['alarmed'])} | | | "
-            f"{_rate(healthy['autotrainer'])} | |"
-        )
-    for name, line in summary.items():
-        if "faulty" not in line:
-            continue
+    return ablation_document.table(["runs", *MEASURED], rows)
+
+
+def by_fault() -> str:
+    """The same fault by fault, with its harm, measured apart."""
+    harm = _json("subject_harm.json")
+    rows = []
+    for name, line in _summary().items():
         subject, _, fault = name.partition(": ")
-        if bool(fault) is not by_fault:
-            continue
-        lost = ""
-        if fault:
+        if fault and "faulty" in line:
             found = harm[subject]["faults"][fault]
             lost = f"{found['mean_loss']:+.2f} ({found['harm']})"
-        lines.append(
-            f"| {name.replace('_', ' ')} | {_rate(line['faulty'])} | "
-            f"{_rate(line['cause_in_top_3'])} | {_rate(line['component_first'])} | "
-            f"{_rate(line['autotrainer'])} | {lost} |"
-        )
-    return "\n".join(lines)
+            rows.append([name.replace("_", " "), *_rates(line), lost])
+    return ablation_document.table(["runs", *MEASURED, "accuracy lost"], rows)
+
+
+def _summary() -> dict[str, Any]:
+    return {line["runs"]: line for line in _json("first_slice.json")["summary"]}
+
+
+def _rates(line: Mapping[str, Any]) -> list[str]:
+    names = ("faulty", "cause_in_top_3", "component_first", "autotrainer")
+    return [_rate(line[name]) for name in names]
 
 
 def overhead() -> str:
@@ -104,7 +107,7 @@ DOCUMENTS: dict[Path, Mapping[str, Callable[[], str]]] = {
     ROOT / "docs" / "benchmark.md": benchmark_document.BLOCKS,
     ROOT / "docs" / "scores.md": {
         **scores_document.BLOCKS,
-        "two scripts": functools.partial(evidence, by_fault=True),
+        "two scripts": by_fault,
     },
 }
 
