@@ -111,7 +111,7 @@ def test_ten_configurations_made_from_scratch_have_the_committed_outcome(
         # Runs of clean twins beyond the pairs stay: they only say how clean runs spread.
         made = {row["seed"]: row for row in store.rows("truth", item.hash)}
         kept = {row["seed"]: row for row in runs[item.hash]}
-        if item in clean:
+        if item.hash in twins:
             other_rounding |= any(row["loss"] != kept[seed]["loss"] for seed, row in made.items())
         runs[item.hash] = [made.get(row["seed"], row) for row in runs[item.hash]]
     again = {h.hash: h for h in judge([i.judged() for i in items], runs, FLOORS)}
