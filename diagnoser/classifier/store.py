@@ -26,8 +26,15 @@ from diagnoser.classifier.reference import Reference
 from diagnoser.errors import ClassifierError
 
 SCHEMA: Final = "diagnoser.classifier/1"
+PLAIN: Final = ("bool", "dict", "float", "int", "list", "str", "tuple")
 ALLOWED: Final = frozenset(
     {
+        "numpy.random.PCG64",
+        "numpy.uint64",
+        "sklearn._loss.link.Interval",
+        "sklearn._loss.link.LogitLink",
+        "sklearn._loss.loss.HalfBinomialLoss",
+        "sklearn.ensemble._hist_gradient_boosting.binning._BinMapper",
         "sklearn.ensemble._hist_gradient_boosting.gradient_boosting.HistGradientBoostingClassifier",
         "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
         "sklearn.preprocessing._label.LabelEncoder",
@@ -164,24 +171,18 @@ def _refuse(io: Any, data: bytes, path: Path) -> None:
 
 @functools.cache
 def _skops_io() -> Any:
-    """Imports a skops of our own, that trusts what is in ``ALLOWED`` and nothing of scikit-learn.
+    """Imports a skops of our own, that trusts plain values and what is in ``ALLOWED``, no more.
 
-    It would trust all estimators that there are, and import all of scikit-learn, its wrappers of
-    torch, and pytest to list them. Of pandas scikit-learn asks the version when it reads a kind of
-    data file; until then a stand-in will do. Whoever else uses skops gets theirs.
+    It would trust all estimators, losses and functions of three libraries, and import most of them,
+    wrappers of torch and pytest to list them. Of pandas scikit-learn asks the version when it reads
+    a kind of data file; until then a stand-in will do. Whoever else uses skops gets theirs.
     """
     theirs = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_skops(name)}
+    sys.modules["skops.io._trusted_types"] = _Trusted("skops.io._trusted_types")
     if stand_in := "pandas" not in sys.modules:
         sys.modules["pandas"] = _Later("pandas")
     try:
-        import sklearn.utils
-
-        lists_all = sklearn.utils.all_estimators
-        sklearn.utils.all_estimators = list
-        try:
-            return importlib.import_module("skops.io")
-        finally:
-            sklearn.utils.all_estimators = lists_all
+        return importlib.import_module("skops.io")
     finally:
         if stand_in:
             del sys.modules["pandas"]
@@ -192,6 +193,16 @@ def _skops_io() -> Any:
 
 def _is_skops(name: str) -> bool:
     return name == "skops" or name.startswith("skops.")
+
+
+class _Trusted(ModuleType):
+    """The lists of types that skops trusts by itself: plain values, and none of any library."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        plain = name in ("PRIMITIVE_TYPE_NAMES", "CONTAINER_TYPE_NAMES")
+        return [f"builtins.{each}" for each in PLAIN] if plain else []
 
 
 class _Later(ModuleType):
