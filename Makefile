@@ -46,6 +46,13 @@ evidence: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.example
 	$(BIN)/diagnoser bench truth
+	$(BIN)/diagnoser bench run
+	$(BIN)/python -m benchmarks.teach --bench diagnoser-bench
+	$(BIN)/diagnoser bench score --split dev
+	$(BIN)/diagnoser bench score --split test --again 'make evidence'
+	$(BIN)/python -m benchmarks.ablation --open-test 'make evidence'
+	$(PIP) --no-deps defaultplusplus==0.4.1
+	$(BIN)/python -m benchmarks.defaultplusplus
 	$(BIN)/python -m benchmarks.outcomes
 	$(BIN)/python -m benchmarks.tables
 

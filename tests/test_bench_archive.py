@@ -24,6 +24,7 @@ from diagnoser.benchmark.worker import run
 from diagnoser.diagnosis import vectors_of
 from diagnoser.errors import BenchmarkError
 from diagnoser.features import feature_tables
+from diagnoser.monitor.schedule import GUARANTEED_STATISTICS
 from diagnoser.runlog import LOG_FILE, Recording, RunLogWriter
 from diagnoser.types import Component, Cost, Estimate, Measurement, Part
 
@@ -185,6 +186,20 @@ def test_a_live_run_fills_what_the_runs_that_are_learned_from_have_and_nothing_e
     # What is measured beyond the guaranteed depends on the time that there is.
     assert set.intersection(*kept) <= live <= set.union(*kept)
     assert len(live) > 200
+
+
+@pytest.mark.slow
+def test_the_document_says_in_how_many_runs_two_stages_of_the_budget_would_differ(tmp_path: Path):
+    """They were recorded before there were two: what it bought held curvature from the start."""
+    bought = runs = 0
+    for path in sorted((outcomes.BENCH / "budget").glob("*.parquet")):
+        for _, log in unpack(path.read_bytes()):
+            recording, runs = read(log, tmp_path / "run"), runs + 1
+            steps = {*recording.measured.step.tolist()} - {*GUARANTEED_STATISTICS}
+            triggered = {e.step for e in recording.events if e.kind == "trigger"}
+            bought += bool(steps - triggered)
+    text = (Path(__file__).parents[1] / "docs" / "ablation.md").read_text("utf-8")
+    assert f"in {runs - bought} of the {runs} runs" in " ".join(text.split())
 
 
 def known_numbers(log: bytes, directory: Path) -> set[tuple[str, str]]:
