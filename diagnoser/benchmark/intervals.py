@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from diagnoser.errors import BenchmarkError
 
 
-def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(hits: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's 95 % score interval of a proportion (Wilson 1927).
+
+    Of n clusters ``hits`` may be the sum of their shares, which vary less than hits and misses do.
 
     >>> [round(bound, 3) for bound in wilson(16, 20)]
     [0.584, 0.919]
