@@ -16,6 +16,7 @@ from benchmarks import (
     ablation_document,
     benchmark_document,
     curvature_document,
+    reproductions_document,
     scores_document,
 )
 
@@ -105,6 +106,7 @@ DOCUMENTS: dict[Path, Mapping[str, Callable[[], str]]] = {
     ROOT / "docs" / "curvature.md": curvature_document.BLOCKS,
     ROOT / "docs" / "ablation.md": ablation_document.BLOCKS,
     ROOT / "docs" / "benchmark.md": benchmark_document.BLOCKS,
+    reproductions_document.DOCUMENT: reproductions_document.BLOCKS,
     ROOT / "docs" / "scores.md": {
         **scores_document.BLOCKS,
         "two scripts": by_fault,

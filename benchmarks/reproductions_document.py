@@ -1,0 +1,219 @@
+"""The tables of ``docs/reproductions.md``, from the kept runs and ``harm.json`` (see `tables`).
+
+As long as nothing of a half was watched there are none, and every block says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import statistics
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from benchmarks.ablation_document import table
+from benchmarks.reproductions import HALVES, HARM, Reproduction, load
+from benchmarks.reproductions_runs import ROOT, Row, current, read_rows, watched_path
+from diagnoser.benchmark.intervals import wilson
+from diagnoser.classifier import to_blame
+
+DOCUMENT: Final = ROOT / "docs" / "reproductions.md"
+NOT_YET: Final = "Not there yet: nothing of this half has been watched."
+TOP: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A share of runs: the mean of the scripts' shares, with a 95 % interval over scripts."""
+
+    value: float
+    low: float
+    high: float
+    scripts: int
+    runs: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}], {self.scripts}"
+
+
+def share(hits: Mapping[str, Sequence[bool]]) -> Share | None:
+    """Returns the share of hits in the runs of each script; None without a run.
+
+    Seeds of a script resemble each other, so a script is one observation: Wilson's interval for as
+    many observations as there are scripts.
+    """
+    means = [statistics.fmean(own) for own in hits.values() if own]
+    if not means:
+        return None
+    low, high = wilson(sum(means), len(means))
+    runs = sum(map(len, hits.values()))
+    return Share(statistics.fmean(means), low, high, len(means), runs)
+
+
+def causes_of(row: Row) -> list[str]:
+    """Returns the causes that a run is said to have, each once, likeliest first."""
+    return list(dict.fromkeys(cause for cause, _ in row["causes"]))
+
+
+def is_caused(row: Row, causes: Collection[str], top: int) -> bool:
+    """Whether a right cause is among the first."""
+    return any(cause in causes for cause in causes_of(row)[:top])
+
+
+def is_placed(row: Row, expected: Reproduction) -> bool:
+    """Whether the place is right.
+
+    The place is the component of the first cause that is right or, without one, of the first
+    finding; it is right where it is an accepted one or a part of one.
+    """
+    named = [component for cause, component in row["causes"] if cause in expected.causes]
+    named += [finding["component"] for finding in row["findings"][:1]]
+    return bool(named) and to_blame(named[0], expected.components)
+
+
+def is_faulty(expected: Reproduction, harm: Mapping[str, Any] | None) -> bool:
+    """Whether a script's faulty form ought to be called faulty: proven harm, or a defect."""
+    return expected.defect or (harm is not None and harm["harm"] == "proven")
+
+
+def shares(
+    known: Mapping[str, Reproduction], harms: Mapping[str, Row], rows: Iterable[Row]
+) -> dict[str, Share | None]:
+    """Returns all figures by name; those of causes and places whatever the verdict was."""
+    kept = list(rows)
+    asked = {name for name, expected in known.items() if is_faulty(expected, harms.get(name))}
+    placed = {name for name in asked if known[name].components}
+
+    def of(names: Collection[str], form: str, hit: Callable[[Row], bool]) -> Share | None:
+        found: dict[str, list[bool]] = {}
+        for row in kept:
+            if row["form"] == form and row["script"] in names:
+                found.setdefault(row["script"], []).append(hit(row))
+        return share(found)
+
+    def caused(row: Row, top: int) -> bool:
+        return is_caused(row, known[row["script"]].causes, top)
+
+    return {
+        "called faulty": of(asked, "faulty", _is_alarm),
+        "right cause first": of(asked, "faulty", functools.partial(caused, top=1)),
+        f"right cause in top {TOP}": of(asked, "faulty", functools.partial(caused, top=TOP)),
+        "right place": of(placed, "faulty", lambda row: is_placed(row, known[row["script"]])),
+        "false alarms": of(known, "fixed", _is_alarm),
+    }
+
+
+def _is_alarm(row: Row) -> bool:
+    return bool(row["verdict"] == "faulty")
+
+
+def read(half: str) -> tuple[dict[str, Reproduction], dict[str, Row], list[Row]]:
+    """Returns the scripts of a half, the harm of all, and the watched runs of these scripts."""
+    known = {name: expected for name, expected in load()[0].items() if expected.half == half}
+    harms = json.loads(HARM.read_text(encoding="utf-8")) if HARM.exists() else {}
+    return known, harms, current(read_rows(watched_path(half)), known)
+
+
+def figures(halves: Sequence[str] = HALVES) -> str:
+    """How often the diagnosis is right, a column a half, and what it was counted on."""
+    columns: dict[str, dict[str, Share | None]] = {}
+    notes = []
+    for half in halves:
+        known, harms, rows = read(half)
+        if not rows:
+            notes.append(f"The {half} half: {NOT_YET[0].lower()}{NOT_YET[1:]}")
+            continue
+        columns[half] = shares(known, harms, rows)
+        notes.append(counted(half, known, harms, rows))
+    lines = []
+    if columns:
+        names = next(iter(columns.values()))
+        cells = [[name, *(str(own[name] or "") for own in columns.values())] for name in names]
+        lines = [table(["", *(f"{half} half" for half in columns)], cells), ""]
+    return "\n".join([*lines, *(f"* {note}" for note in notes)])
+
+
+def counted(
+    half: str, known: Mapping[str, Reproduction], harms: Mapping[str, Row], rows: Sequence[Row]
+) -> str:
+    """Says what the figures of a half were counted on, in words."""
+    watched = {row["script"] for row in rows}
+    neither = [name for name in sorted(watched) if not is_faulty(known[name], harms.get(name))]
+    same = sum(row["same_output"] for row in rows)
+    codes = ", ".join(f"`{code}`" for code in sorted({row["code"] for row in rows}))
+    cost = statistics.median(row["cpu_s"] / row["plain_cpu_s"] for row in rows)
+    text = f"The {half} half: {len(rows)} runs of {len(watched)} scripts, judged by code {codes}. "
+    if neither:
+        rows_left = ", ".join(str(known[name].row) for name in neither)
+        text += (
+            f"Of {len(neither)} (rows {rows_left}) only the fixed runs count: the mistake is "
+            "neither proven to do harm nor a defect. "
+        )
+    return text + (
+        f"{same} runs printed what they print unwatched; watched, a run takes {cost:.2f} times the "
+        "CPU seconds (median, with the start of Python)."
+    )
+
+
+def scripts(half: str) -> str:
+    """What is said of every script of a half."""
+    known, harms, rows = read(half)
+    if not rows:
+        return NOT_YET
+    lines = []
+    for name, expected in sorted(known.items(), key=lambda item: item[1].row):
+        own = sorted((row for row in rows if row["script"] == name), key=lambda row: row["seed"])
+        faulty = [row for row in own if row["form"] == "faulty"]
+        fixed = [row for row in own if row["form"] == "fixed"]
+        placed = [is_placed(row, expected) for row in faulty] if expected.components else []
+        lines.append(
+            [
+                str(expected.row),
+                _plain(expected.title),
+                _plain(expected.reference),
+                _harm_of(expected, harms.get(name)),
+                _verdicts(faulty),
+                _first_causes(faulty[0], expected) if faulty else "",
+                _count([is_caused(row, expected.causes, TOP) for row in faulty]),
+                _count(placed),
+                _verdicts(fixed),
+            ]
+        )
+    head = ["row", "mistake", "reference", "harm", "faulty runs", "causes of the first seed"]
+    return table([*head, f"cause in top {TOP}", "place", "fixed runs"], lines)
+
+
+def _harm_of(expected: Reproduction, harm: Mapping[str, Any] | None) -> str:
+    said = harm["harm"] if harm is not None else "not judged"
+    gap = harm["gap"] if harm is not None else None
+    return said + (f" ({gap:+.2g})" if gap is not None else "") + ", defect" * expected.defect
+
+
+def _verdicts(rows: Sequence[Row]) -> str:
+    return ", ".join(f"{n} {verdict}" for verdict, n in Counter(r["verdict"] for r in rows).items())
+
+
+def _first_causes(row: Row, expected: Reproduction) -> str:
+    """The first causes, those that are right in bold."""
+    components = dict(reversed(row["causes"]))
+    said = [f"{cause} in {components[cause]}" for cause in causes_of(row)[:TOP]]
+    right = [cause in expected.causes for cause in causes_of(row)[:TOP]]
+    words = map(_plain, said)
+    return "; ".join(f"**{w}**" if ok else w for w, ok in zip(words, right, strict=True))
+
+
+def _count(hits: Sequence[bool]) -> str:
+    return f"{sum(hits)} of {len(hits)}" if hits else ""
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return "".join(f"\\{c}" if c in "\\|*_`<[" else c for c in " ".join(text.split()))
+
+
+BLOCKS: Final[Mapping[str, Callable[[], str]]] = {
+    "figures": figures,
+    **{f"{half} scripts": functools.partial(scripts, half) for half in HALVES},
+}
