@@ -89,7 +89,7 @@ class Watch:
         self._interception = Interception(self)
         self._monitor = Monitor(
             self._log,
-            self._interception.books,
+            self._interception,
             self._schedule,
             models=models,
             optimizer=optimizer,

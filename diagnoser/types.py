@@ -87,12 +87,16 @@ class Cause:
 
 @dataclass(frozen=True, slots=True)
 class RankedCause:
-    """A cause in the diagnosis, with the component it is about (``model``: all of it)."""
+    """A cause in the diagnosis, with the component it is about (``model``: all of it).
+
+    ``because`` names who votes for it, the strongest first (``check:mask-leaks``, ``classifier``).
+    """
 
     cause: str
     component: str
     probability: float | None = None
     n: int | None = None
+    because: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,7 @@ class Finding:
     probability: float | None = None
     n: int | None = None
     where: Where | None = None
+    patch: str | None = None  # what to write there
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,32 @@ REPAIRS: Final[dict[str, str]] = {
     "add_normalization": "add normalisation layers",
     "change_optimizer": "use another optimizer",
     "change_batch_size": "use another batch size",
+    "fix_softmax": "take the softmax over the keys",
+    "fix_attention_scale": "divide the scores once by the root of the head's width",
+    "fix_attention_wiring": "take queries, keys and values from where they belong",
+    "add_positions": "add positions to what attention is given",
+    "add_residual": "add the input of a block to its output",
+    "set_mode": "call train() before training and eval() before evaluating",
+    "fix_loss_inputs": "give the loss what it expects",
+    "shift_labels": "compare with the next input",
+    "ignore_padding": "leave padding out of the loss",
+    "detach_target": "detach the target",
+    "scale_inputs": "scale inputs or targets to unit variance",
+    "shuffle_batches": "draw batches at random",
+    "fix_schedule": "advance the schedule after the optimizer, over the steps of the run",
+    "unscale_first": "unscale gradients before they are clipped",
+    "untie": "give each module weights of its own",
+}
+
+PLACES: Final[dict[str, str]] = {
+    "optimizer": "where the optimizer is built",
+    "backward": "where backward is called",
+    "loss": "where the loss is computed",
+    "attention": "where attention weights are computed",
+    "model": "where the model is called",
+    "clip": "where gradients are clipped",
+    "scheduler": "where the learning rate schedule is advanced",
+    "evaluation": "where the model is evaluated",
 }
 
 

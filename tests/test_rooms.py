@@ -17,7 +17,8 @@ ROOT = Path(diagnoser.__file__).parent
 ROWS = (
     {"vocabulary", "types", "table", "errors"},
     {"runlog", "components", "cases"},
-    {"features", "rules", "classifier", "curvature", "statistics", "checks"},
+    {"features", "rules", "classifier", "curvature", "statistics"},
+    {"checks"},
     {"diagnosis", "report", "monitor", "repair", "injection"},
     {"session", "repair_loop"},
     {"launch", "integrations", "benchmark"},

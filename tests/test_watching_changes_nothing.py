@@ -599,7 +599,7 @@ BREAKABLE = (
     (training, "coming_update"),
     (training, "step_rules"),
     (training, "find_models"),
-    (training, "user_place"),
+    (training, "user_line"),
     (sample, "norms"),
     (sample, "inner_products"),
     (sample, "row_curvature"),

@@ -1,7 +1,7 @@
 """From a recording, rules and a classifier to one diagnosis."""
 
 from diagnoser.diagnosis.defaults import (
-    DEFAULT_FAMILY,
+    DEFAULT_FAMILIES,
     FAMILIES,
     chosen,
     default_rules,
@@ -18,7 +18,7 @@ from diagnoser.diagnosis.merging import (
 )
 
 __all__ = [
-    "DEFAULT_FAMILY",
+    "DEFAULT_FAMILIES",
     "FAMILIES",
     "Claim",
     "chosen",

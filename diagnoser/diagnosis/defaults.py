@@ -11,8 +11,8 @@ from diagnoser.errors import RuleError, UsageError
 from diagnoser.features import CATALOGUE
 from diagnoser.rules import Rule, load_rules, shipped_rules_directory
 
-DEFAULT_FAMILY: Final = "diagnoser"
-FAMILIES: Final = (DEFAULT_FAMILY, "autotrainer")
+DEFAULT_FAMILIES: Final = ("diagnoser", "checks")
+FAMILIES: Final = (*DEFAULT_FAMILIES, "autotrainer")
 OFF: Final = "off"  # a file or directory of that name is meant by ./off
 
 
@@ -22,7 +22,9 @@ def default_rules(directory: Path | str | None = None) -> tuple[Rule, ...]:
     Raises:
         RuleError: A rule cannot be used; the text names file, line and column.
     """
-    name = DEFAULT_FAMILY if directory is None else os.fspath(directory)
+    if directory is None:
+        return tuple(rule for family in DEFAULT_FAMILIES for rule in default_rules(family))
+    name = os.fspath(directory)
     if name == OFF:
         return ()
     if name in FAMILIES:
@@ -72,4 +74,4 @@ def judges(
     return loaded, load(path) if path is not None else None
 
 
-__all__ = ["DEFAULT_FAMILY", "FAMILIES", "chosen", "default_rules", "judges"]
+__all__ = ["DEFAULT_FAMILIES", "FAMILIES", "chosen", "default_rules", "judges"]

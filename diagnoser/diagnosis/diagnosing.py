@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
 from diagnoser.classifier import EARLIER, Classifier, Vectors, say, vectors
-from diagnoser.diagnosis.merging import Claim, is_grave, ranked, votes_of
-from diagnoser.features import feature_tables
+from diagnoser.diagnosis.merging import Claim, is_grave, ranked, reasons, votes_of
+from diagnoser.features import PROGRAM_NAMES, feature_tables
 from diagnoser.rules import (
+    CHECKS_FAMILY,
     Judgement,
     Precision,
     Rule,
@@ -65,7 +66,7 @@ def diagnose(
     tables = feature_tables(recording)
     judgement = evaluate(rules, tables)
     explained = _by_rules(judgement, recording, rules)
-    votes = votes_of(_claims(explained), measured)
+    votes = votes_of(_claims(explained, recording), measured)
     unknown, checked = judgement.unknown, judgement.checked
     prediction, adds = None, False
     if classifier is not None:
@@ -80,9 +81,12 @@ def diagnose(
             prediction = said.prediction
     since = int(tables["run"].steps[-1]) if len(tables["run"].steps) else 0
     causes = ranked(votes, prediction, since, adds=adds)
+    of_checks = {rule.id for rule in rules if rule.family == CHECKS_FAMILY}
+    because = reasons(votes, prediction)
     position = {key: i for i, key in enumerate(causes)}
+    places = {rule.id: rule.where for rule in rules}
     findings = tuple(
-        _placed(_measured(item.finding, measured), recording)
+        _placed(_measured(item.finding, measured), recording, places.get(rule_of(item.finding)))
         for item in sorted(
             explained,
             key=lambda item: (
@@ -103,9 +107,12 @@ def diagnose(
         verdict=verdict,
         reason=reason,
         exit_code=ending.exit_code if ending else None,
-        causes=tuple(RankedCause(cause, component) for cause, component in causes),
+        causes=tuple(
+            RankedCause(cause, component, because=because.get((cause, component), ()))
+            for cause, component in causes
+        ),
         findings=findings,
-        unknown=tuple(_worth_saying(unknown, recording)),
+        unknown=tuple(_worth_saying(unknown, recording, of_checks)),
         checked=checked,
         cost=_cost(recording),
     )
@@ -132,7 +139,7 @@ def claims(
         recording: The run they were made of.
         rules: What is looked for.
     """
-    return _claims(_by_rules(evaluate(rules, tables), recording, rules))
+    return _claims(_by_rules(evaluate(rules, tables), recording, rules), recording)
 
 
 def _by_rules(
@@ -142,7 +149,8 @@ def _by_rules(
     return _explain(found, {rule.id: rule for rule in rules})
 
 
-def _claims(explained: Sequence[_Explained]) -> tuple[Claim, ...]:
+def _claims(explained: Sequence[_Explained], recording: Recording) -> tuple[Claim, ...]:
+    order = {component.name: component.order for component in recording.components}
     return tuple(
         Claim(
             rule=rule_of(item.finding),
@@ -151,6 +159,8 @@ def _claims(explained: Sequence[_Explained]) -> tuple[Claim, ...]:
             since_step=item.finding.since_step,
             causes=tuple(cause.cause for cause in item.finding.causes),
             under=item.cause if item.is_symptom else None,
+            order=order.get(item.finding.component, 0),
+            of_check=_of_check(item.finding),
         )
         for item in explained
     )
@@ -220,11 +230,21 @@ def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Ex
 
     It explains findings of the faults its rule names, in its own place (a part, the whole), and
     later, less grave ones anywhere: disturbances spread. An explaining finding must not be less
-    grave than its symptom, nor itself be explained. Where several explain one symptom the gravest
-    does, then the earliest.
+    grave than its symptom, unless a program check saw the mistake itself, nor itself be explained.
+    Where several explain one symptom a check does, then the gravest, then the earliest.
     """
     by_gravity = sorted(
         (f for f in findings if rules[rule_of(f)].explains),
+        key=lambda f: (
+            not (_of_check(f) and is_grave(f.severity)),
+            -severity_rank(f.severity),
+            f.since_step,
+            f.source,
+            f.component,
+        ),
+    )
+    by_place = sorted(
+        filter(_of_check, findings),
         key=lambda f: (-severity_rank(f.severity), f.since_step, f.source, f.component),
     )
     symptoms: dict[int, Finding] = {}
@@ -238,7 +258,10 @@ def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Ex
             for symptom in findings
             if symptom.source != cause.source
             and symptom.fault in faults
-            and severity_rank(symptom.severity) <= severity_rank(cause.severity)
+            and (
+                _of_check(cause) or severity_rank(symptom.severity) <= severity_rank(cause.severity)
+            )
+            and (is_grave(cause.severity) or not is_grave(symptom.severity))
             and (_related(cause, symptom) or _spread(cause, symptom))
             and id(symptom) not in symptoms
             and id(symptom) not in explaining
@@ -246,16 +269,34 @@ def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Ex
         symptoms |= {id(symptom): cause for symptom in own}
         explaining |= {id(cause)} if own else set()
     result = []
+    named = {
+        f.causes[0].cause: f.component
+        for f in reversed(by_place)
+        if f.component != MODEL and id(f) not in symptoms
+    }
     for finding in findings:
         its_cause = symptoms.get(id(finding))
-        if its_cause is None:
+        first = finding.causes[0].cause
+        if (
+            its_cause is None
+            and finding.component == MODEL
+            and first in named
+            and _of_check(finding)
+        ):
+            # A probe sees in the whole model what a check has found the place of.
+            result.append(_Explained(finding, (first, named[first]), is_symptom=True))
+        elif its_cause is None:
             result.append(_Explained(finding, (finding.causes[0].cause, finding.component)))
-            continue
-        first = its_cause.causes[0].cause
-        rest = (c for c in finding.causes if c.cause != first)
-        symptom = dataclasses.replace(finding, causes=(Cause(first), *rest))
-        result.append(_Explained(symptom, (first, its_cause.component), is_symptom=True))
+        else:
+            first = its_cause.causes[0].cause
+            rest = (c for c in finding.causes if c.cause != first)
+            symptom = dataclasses.replace(finding, causes=(Cause(first), *rest))
+            result.append(_Explained(symptom, (first, its_cause.component), is_symptom=True))
     return result
+
+
+def _of_check(finding: Finding) -> bool:
+    return finding.source.startswith("check:")
 
 
 def _spread(cause: Finding, symptom: Finding) -> bool:
@@ -292,21 +333,53 @@ def _measured(finding: Finding, measured: Mapping[str, Precision]) -> Finding:
     )
 
 
-def _placed(finding: Finding, recording: Recording) -> Finding:
-    """Adds the place in the user's program that the first cause points at, if it was recorded."""
-    wanted = _PLACE_OF.get(finding.causes[0].cause)
-    for fact in recording.facts:
+def _placed(finding: Finding, recording: Recording, where: str | None = None) -> Finding:
+    """Adds the place in the user's program that has to be changed, if it was recorded.
+
+    It is the one that the rule names, else the one that the first cause points at; of several of a
+    kind the one of the finding's component.
+    """
+    wanted = where or _PLACE_OF.get(finding.causes[0].cause)
+    known = [fact for fact in recording.facts if fact.name == wanted]
+    known.sort(key=lambda fact: _distance(fact.component, finding.component))
+    for fact in known:
         file, line = fact.data.get("file"), fact.data.get("line")
-        if fact.name == wanted and isinstance(file, str) and isinstance(line, int):
+        if isinstance(file, str) and isinstance(line, int):
             return dataclasses.replace(finding, where=Where(file, line))
     return finding
 
 
-def _worth_saying(unknown: Sequence[Unknown], recording: Recording) -> Iterator[Unknown]:
-    """Leaves out rules on subjects they are not about: attention has no update ratio of its own."""
+def _distance(place: str, component: str) -> int:
+    if place == component:
+        return 0
+    if _inside(place, component) or _inside(component, place):
+        return 1
+    return 2
+
+
+def _worth_saying(
+    unknown: Sequence[Unknown], recording: Recording, checks: Collection[str]
+) -> Iterator[Unknown]:
+    """Leaves out rules on subjects they are not about: attention has no update ratio of its own.
+
+    What a program check could not tell has the check's own reason, and one entry.
+    """
     parameters = {c.name for c in recording.components if c.name != c.layer or c.kind != "other"}
     layers = {c.name for c in recording.components} - parameters
+    reasons = {
+        fact.component: str(fact.data.get("reason", ""))
+        for fact in recording.facts
+        if fact.name == "unknown"
+    }
+    checked = not PROGRAM_NAMES.isdisjoint(recording.measurements.quantities)
+    if not checked and any(entry.rule in checks for entry in unknown):
+        yield Unknown("checks", MODEL, (), "no step was checked: the program's calls were not seen")
     for entry in unknown:
+        if entry.rule in checks:
+            why = next((reasons[name] for name in entry.missing if name in reasons), None)
+            if checked and entry.component == MODEL and why is not None:
+                yield replace(entry, reason=why)
+            continue
         of_attention = any(name.startswith(_OF_ATTENTION) for name in entry.missing)
         about = MODEL if entry.component == MODEL else ("layer" if of_attention else "component")
         if about == MODEL or (about == "component" and entry.component not in layers):

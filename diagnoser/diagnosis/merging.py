@@ -19,6 +19,7 @@ from diagnoser.vocabulary import MODEL, severity_rank
 
 # What a rule counts for before it is measured, by severity.
 UNMEASURED: Final[Mapping[str, float]] = {"low": 0.05, "medium": 0.2, "high": 0.4, "critical": 0.8}
+OF_A_CHECK: Final = 0.8  # of a grave one: it saw the mistake itself, not what comes of it
 PRIOR_RUNS: Final = 2
 SYMPTOM: Final = 0.05  # what a symptom adds to the cause that explains it
 TIE: Final = 0.01  # share of all votes that breaks ties
@@ -31,6 +32,8 @@ class Claim:
     """What a rule says of a run: how grave, where, since when, and its causes, likeliest first.
 
     ``under`` is the cause, and its place, of another rule's finding that explains this one.
+    ``order`` is the place of the component in the model; ``of_check`` says that it is a rule on
+    what a program check measures.
     """
 
     rule: str
@@ -39,19 +42,35 @@ class Claim:
     since_step: int
     causes: tuple[str, ...]
     under: tuple[str, str] | None = None
+    order: int = 0
+    of_check: bool = False
+
+    @property
+    def source(self) -> str:
+        """As in a finding."""
+        return f"{'check' if self.of_check else 'rule'}:{self.rule}"
 
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """What a claim says for a cause at a place, from 0 to 1."""
+    """What a claim says for a cause at a place, from 0 to 1; ``source`` and ``order`` are its."""
 
     cause: str
     component: str
     weight: float
     since_step: int
+    source: str = ""
+    order: int = 0
 
 
-def belief(severity: str, rank: int, cause: str, measured: Precision | None) -> float:
+def prior_of(severity: str, *, of_check: bool) -> float:
+    """Returns how surely a finding is right before that was counted."""
+    return OF_A_CHECK if of_check and is_grave(severity) else UNMEASURED[severity]
+
+
+def belief(
+    severity: str, rank: int, cause: str, measured: Precision | None, *, of_check: bool = False
+) -> float:
     """Returns how far a rule is to be believed about a cause that it names as its ``rank``-th.
 
     >>> belief("medium", 2, "residual", None)
@@ -59,7 +78,7 @@ def belief(severity: str, rank: int, cause: str, measured: Precision | None) -> 
     >>> belief("medium", 1, "residual", Precision(n=8, faulty=8, causes={"residual": 7}))
     0.74
     """
-    prior = UNMEASURED[severity] / rank
+    prior = prior_of(severity, of_check=of_check) / rank
     if measured is None:
         return prior
     return (measured.causes.get(cause, 0) + PRIOR_RUNS * prior) / (measured.n + PRIOR_RUNS)
@@ -83,12 +102,13 @@ def votes_of(claims: Iterable[Claim], measured: Mapping[str, Precision]) -> tupl
     votes = []
     for claim in claims:
         if claim.under is not None:
-            votes.append(Vote(*claim.under, SYMPTOM, claim.since_step))
+            votes.append(Vote(*claim.under, SYMPTOM, claim.since_step, claim.source))
             continue
         known = measured.get(claim.rule)
         for rank, cause in enumerate(claim.causes, start=1):
-            weight = belief(claim.severity, rank, cause, known)
-            votes.append(Vote(cause, claim.component, weight, claim.since_step))
+            weight = belief(claim.severity, rank, cause, known, of_check=claim.of_check)
+            vote = Vote(cause, claim.component, weight, claim.since_step, claim.source, claim.order)
+            votes.append(vote)
     return tuple(votes)
 
 
@@ -110,10 +130,12 @@ def ranked(
     """
     weights: dict[tuple[str, str], list[float]] = {}
     since: dict[tuple[str, str], int] = {}
+    order: dict[tuple[str, str], int] = {}
     for vote in votes:
         key = (vote.cause, vote.component)
         weights.setdefault(key, []).append(vote.weight)
         since[key] = min(since.get(key, vote.since_step), vote.since_step)
+        order[key] = min(order.get(key, vote.order), vote.order)
     strength = {key: max(own) + TIE * min(sum(own), MOST_VOTES) for key, own in weights.items()}
     if said is not None:
         by_rules = {cause for cause, _ in strength}
@@ -125,7 +147,37 @@ def ranked(
             if cause not in by_rules:
                 strength[cause, said.place] = probability
                 since[cause, said.place] = since_step
-    return tuple(sorted(strength, key=lambda key: (-round(strength[key], 9), since[key], key)))
+    # Of equal ones the earlier, then the one nearer to the input: what is behind it may follow.
+    return tuple(
+        sorted(
+            strength,
+            key=lambda key: (-round(strength[key], 9), since[key], order.get(key, 0), key),
+        )
+    )
+
+
+def reasons(
+    votes: Iterable[Vote], said: Prediction | None = None
+) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Returns who votes for each cause at its place, the strongest first.
+
+    Args:
+        votes: Those of the rules.
+        said: The classifier's, if it has a say; it counts for a cause wherever it is placed.
+    """
+    by_cause: dict[tuple[str, str], dict[str, float]] = {}
+    for vote in votes:
+        own = by_cause.setdefault((vote.cause, vote.component), {})
+        own[vote.source] = max(own.get(vote.source, 0.0), vote.weight)
+    if said is not None:
+        for cause, probability in said.causes:
+            places = [key for key in by_cause if key[0] == cause] or [(cause, said.place)]
+            for key in places:
+                by_cause.setdefault(key, {})["classifier"] = probability
+    return {
+        key: tuple(sorted(own, key=lambda source: (-own[source], source)))
+        for key, own in by_cause.items()
+    }
 
 
 def places_in_order(

@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 
 from diagnoser.features import functions as f
+from diagnoser.features.program import PROGRAM
 from diagnoser.features.source import Source
 from diagnoser.table import Column, Feature, Scope
 
@@ -239,6 +240,22 @@ FEATURES: Final[Mapping[str, Entry]] = {
             "second over first order of the loss along the step, d'Hd / 2 over |g'd|:"
             " above 1 the quadratic model rises where the gradient says it falls",
             low=-np.inf,
+        ),
+        entry(
+            "rate_growth",
+            "run",
+            f.rate_growth,
+            ("learning_rate",),
+            "learning rate over its first, median over components",
+        ),
+        entry(
+            "at_the_end",
+            "run",
+            f.at_the_end,
+            (),
+            "1 at the last measurement of a run that has ended",
+            low=0,
+            high=1,
         ),
         # AutoTrainer's quantities (ICSE 2021); an epoch is a twentieth of the run
         entry(
@@ -624,6 +641,28 @@ FEATURES: Final[Mapping[str, Entry]] = {
             ("coupling_norm", "lambda_min", "lambda_max"),
             "Frobenius norm of the cross block over the geometric mean of both blocks' largest "
             "absolute eigenvalues",
+        ),
+        # what the program does, by checks
+        entry(
+            "initial_attention_scores",
+            "component",
+            f.initial_scores,
+            ("attention_scores",),
+            "root mean square of the scores, less their mean, at the first check",
+        ),
+        *(
+            entry(
+                quantity.name,
+                quantity.scope,
+                f.last_seen(quantity.name)
+                if quantity.scope == "component"
+                else f.last_seen_run(quantity.name),
+                (quantity.name,),
+                quantity.description,
+                low=quantity.low,
+                high=quantity.high,
+            )
+            for quantity in PROGRAM
         ),
     )
 }

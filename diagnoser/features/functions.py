@@ -186,11 +186,9 @@ def non_finite_loss(s: Source) -> Column:
 
 
 def trained_update_ratios(s: Source) -> Array:
-    """Update ratios of the components that have a gradient; the others only decay or stand."""
-    ratio = np.where(
-        s.component("gradient_norm").value > 0, s.component("update_ratio").value, np.nan
-    )
-    return moving_median(ratio)
+    """Update ratios of the components that are trained; the others only decay, or stand."""
+    trained = (s.component("gradient_norm").value > 0) & ~(s.component("optimized").value == 0)
+    return moving_median(np.where(trained, s.component("update_ratio").value, np.nan))
 
 
 def median_update_ratio(s: Source) -> Column:
@@ -391,6 +389,43 @@ def own(quantity: str) -> Callable[[Source], Column]:
 
 def own_run(quantity: str) -> Callable[[Source], Column]:
     return lambda s: s.run(quantity)
+
+
+def last_seen(quantity: str) -> Callable[[Source], Column]:
+    return lambda s: Column.exact(filled(s.component(quantity).value))
+
+
+def last_seen_run(quantity: str) -> Callable[[Source], Column]:
+    return lambda s: Column.exact(filled(s.run(quantity).value))
+
+
+def filled(values: Array) -> Array:
+    """Each row with what is not known replaced by the last that was."""
+    known = ~np.isnan(values)
+    at = np.maximum.accumulate(np.where(known, np.arange(values.shape[1]), -1), axis=1)
+    rows = np.arange(len(values))[:, np.newaxis]
+    return np.where(at >= 0, values[rows, np.maximum(at, 0)], np.nan)
+
+
+def initial_scores(s: Source) -> Column:
+    first = first_known(s.component("attention_scores").value)
+    return Column.exact(np.broadcast_to(first, (len(s.names), len(s.steps))).copy())
+
+
+def rate_growth(s: Source) -> Column:
+    """Of the median component: learning rate over its first that is not zero."""
+    rate = median_over_components(s.component("learning_rate").value)
+    return Column.exact(
+        quotient(rate, np.broadcast_to(first_known(np.where(rate > 0, rate, np.nan)), rate.shape))
+    )
+
+
+def at_the_end(s: Source) -> Column:
+    """1 at the last measurement of a run that has ended, 0 at all others."""
+    result = np.zeros((1, len(s.steps)))
+    if len(s.steps) and s.recording.ending is not None:
+        result[0, -1] = 1.0
+    return Column.exact(result)
 
 
 def siblings_of(quantity: str) -> Callable[[Source], Column]:

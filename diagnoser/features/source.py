@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from diagnoser.features.program import NAMES
 from diagnoser.runlog import Recording
 from diagnoser.table import Array, Column
 from diagnoser.vocabulary import MODEL
@@ -24,12 +25,16 @@ class Source:
     def __init__(self, recording: Recording) -> None:
         rows = recording.measurements
         self.recording = recording
-        self.steps: NDArray[np.int64] = np.unique(rows.step)
+        of_checks = np.array([name in NAMES for name in rows.quantities], dtype=bool)
+        checked = of_checks[rows.quantity] if len(of_checks) else np.zeros(0, dtype=bool)
+        # Checks have steps of their own: they are seen at the samples, which decide what is judged.
+        self.steps: NDArray[np.int64] = np.unique(rows.step[~checked if (~checked).any() else ...])
         listed = [component.name for component in recording.components]
         self.names: list[str] = listed
         self.kinds: dict[str, str] = {c.name: c.kind for c in recording.components}
         self.layers: dict[str, str] = {c.name: c.layer for c in recording.components}
-        self._column_of = np.searchsorted(self.steps, rows.step)
+        last = max(len(self.steps) - 1, 0)
+        self._column_of = np.minimum(np.searchsorted(self.steps, rows.step), last)
         self._quantity = {name: i for i, name in enumerate(rows.quantities)}
         position = {name: i for i, name in enumerate(listed)}
         self._row_of = np.array([position.get(name, -1) for name in rows.components], dtype=int)

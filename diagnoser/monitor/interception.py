@@ -3,7 +3,8 @@
 One function is replaced (`torch.autograd.backward`, which `Tensor.backward`, Lightning, Hugging
 Face and accelerate all look up when they are called), one global optimizer post-hook is the clock,
 and some constructors keep books: which modules and optimizers exist, which tensors retain a
-gradient or have a hook, by what a `GradScaler` multiplied a loss. The forward is not touched.
+gradient or have a hook, by what a `GradScaler` multiplied a loss. Clipping and schedules leave
+notes. The forward is touched on the few steps that are checked alone, where calls are recorded.
 
 On unmeasured steps this costs a few Python calls a step (benchmarks/overhead.py).
 """
@@ -12,12 +13,11 @@ from __future__ import annotations
 
 import functools
 import gc
-import sys
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -29,8 +29,13 @@ from torch.optim.optimizer import (
 from torch.utils.hooks import BackwardHook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from diagnoser.checks import user_line
 from diagnoser.errors import UsageError
+from diagnoser.monitor.recorder import COMPILED, CallRecorder
 from diagnoser.types import Where
+
+FIRST_OWN_STEP = 2  # of a schedule: the first is its constructor's
+MOST_CLIPS = 256  # whose norms are kept until they are read
 
 
 class Listener(Protocol):
@@ -109,11 +114,32 @@ class Books:
                 self.modules.add(thing)
 
 
+@dataclass(slots=True)
+class Notes:
+    """What the program did between backward and step, and with its schedule.
+
+    ``clips`` counts calls of ``clip_grad_norm_``; ``clip_ratios`` are the last total norms over
+    their limit, still on their device. ``clips_scaled`` counts those of gradients that a scaler had
+    not unscaled. ``scheduler_first`` says whether a schedule was advanced before any optimizer had
+    stepped.
+    """
+
+    clips: int = 0
+    clips_scaled: int = 0
+    clip_ratios: list[Any] = field(default_factory=list)
+    clip_place: Where | None = None
+    scheduler_steps: int = 0
+    scheduler_first: bool = False
+    scheduler_place: Where | None = None
+
+
 class Interception:
     """Installs the patches on entry, takes every one of them back on exit."""
 
     def __init__(self, listener: Listener) -> None:
         self.books = Books(References(), References(), References(), References(), References(), {})
+        self.notes = Notes()
+        self.recorder = CallRecorder()
         self._listener = listener
         self._thread = threading.get_ident()
         self._undo: list[Callable[[], None]] = []
@@ -150,9 +176,13 @@ class Interception:
         self._after(Tensor, "register_hook", self._note_tensor_hook)
         self._after(BackwardHook, "__init__", lambda hook, *_: books.backward_hooks.add(hook))
         self._note_scaled_losses()
+        self._note_clips()
+        self._after(torch.optim.lr_scheduler.LRScheduler, "step", self._note_schedule)
+        self._note_calls()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.recorder.end("the watch is over")
         while self._undo:
             self._undo.pop()()
 
@@ -183,9 +213,77 @@ class Interception:
 
         self._replace(owner, name, method)
 
+    def _note_clips(self) -> None:
+        """Keeps what ``clip_grad_norm_`` was given and found, wherever it is looked up."""
+        from torch.nn.utils import clip_grad  # noqa: PLC0415 - a module, beside its own function
+
+        original, notes = clip_grad.clip_grad_norm_, self.notes
+
+        @functools.wraps(original)
+        def clip_grad_norm_(parameters: Any, max_norm: Any, *args: Any, **kwargs: Any) -> Any:
+            total = original(parameters, max_norm, *args, **kwargs)
+            notes.clips += 1
+            notes.clips_scaled += self._is_scaled()
+            notes.clip_place = notes.clip_place or user_line()
+            if isinstance(total, Tensor) and isinstance(max_norm, int | float) and max_norm > 0:
+                notes.clip_ratios.append(total.detach() / max_norm)
+                del notes.clip_ratios[:-MOST_CLIPS]
+            return total
+
+        for owner in (torch.nn.utils, clip_grad):
+            self._replace(owner, "clip_grad_norm_", clip_grad_norm_)
+
+    def _is_scaled(self) -> bool:
+        """Whether a scaler has scaled a loss and unscaled the gradients of no optimizer since."""
+        scalers = {id(scaler): scaler for _, scaler in list(_UNSCALED.values())}
+        return any(
+            scaler.is_enabled()
+            and not any(
+                state["stage"].name == "UNSCALED" for state in scaler._per_optimizer_states.values()
+            )
+            for scaler in scalers.values()
+        )
+
+    def _note_schedule(self, scheduler: Any, *_: object) -> None:
+        if getattr(scheduler, "_step_count", 0) < FIRST_OWN_STEP:  # its constructor's
+            return
+        if self.notes.scheduler_steps == 0 and not getattr(
+            scheduler.optimizer, "_opt_called", True
+        ):
+            self.notes.scheduler_first = True
+            self.notes.scheduler_place = user_line()
+        self.notes.scheduler_steps += 1
+
+    def _note_calls(self) -> None:
+        """Has calls recorded, and no compiler see that."""
+        recorder = self.recorder
+        for context in (torch.no_grad, torch.inference_mode):
+            self._before(context, "__enter__", recorder.enter_no_grad)
+            self._before(context, "__exit__", recorder.leave_no_grad)
+
+        def compiling() -> None:
+            recorder.end(COMPILED)
+
+        self._before(torch, "compile", compiling)
+        self._before(nn.Module, "compile", compiling)
+        for name in ("script", "trace"):
+            self._before(torch.jit, name, recorder.stop)
+        recorder.start()
+
+    def _before(self, owner: Any, name: str, act: Callable[[], None]) -> None:
+        """Calls ``act()`` before a function, whatever it is called with."""
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def function(*args: Any, **kwargs: Any) -> Any:
+            act()
+            return original(*args, **kwargs)
+
+        self._replace(owner, name, function)
+
     def _note_optimizer(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         self.books.optimizers.add(optimizer)
-        place = user_place()
+        place = user_line()
         if place is not None:
             self.books.optimizer_places[id(optimizer)] = place
 
@@ -206,16 +304,3 @@ class Interception:
             return scaled
 
         self._replace(scaler, "scale", scale)
-
-
-def user_place(
-    skip: tuple[str, ...] = ("torch", "diagnoser", "contextlib", "functools"),
-) -> Where | None:
-    """The innermost frame of the running call that belongs to the user's own program."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if name.split(".")[0] not in skip:
-            return Where(frame.f_code.co_filename, frame.f_lineno)
-        frame = frame.f_back  # type: ignore[assignment]
-    return None

@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 GUARANTEED_STATISTICS = (0, 2, 5, 10, 20, 35, 50, 75, 100, 125, 150, 175, 198)
+GUARANTEED_CHECKS = (0, 20)
 GUARANTEED_CURVATURE = (0, 5, 10, 20, 50, 75, 125, 175)
 SMALL_STEP_S = 0.030  # below this a step is small, and the budget is a fixed time a step
 SMALL_STEP_BUDGET_S = 100e-6
@@ -22,6 +23,9 @@ MINIMUM_GAP = 5  # steps between two samples that the budget pays for
 MOST_TRIGGERED = 8  # samples of a run
 TRIGGER_GAP = 10  # steps between two of them
 STEPS_IN_ADVANCE = 400  # whose allowance triggered samples may spend before it is earned
+CHECKS_GAP = 50  # steps between two checks, and half of the steps so far
+CHECKS_BUDGET = 0.03  # of training time, for checks beyond the first
+SMALL_STEP_CHECKS_S = 150e-6  # a step
 FIRST_STAGE = 0.5  # of the budget, before the first alarm
 TURNS = ("sample", "spectrum", "sample", "interaction")  # after it
 FIRST_GUESS = {"statistics": 2.0, "sample": 4.0, "spectrum": 40.0, "interaction": 30.0}  # steps
@@ -82,6 +86,8 @@ class Schedule:
     triggered_s: float = 0.0
     steps: int = 0
     curvature_measurements: int = 0
+    checks_s: float = 0.0
+    _last_check: int = 0
     _costs: dict[str, float] = field(default_factory=dict)
     _turn: int = 0
     _last_sample: int = -1
@@ -155,6 +161,22 @@ class Schedule:
         self._triggered += 1
         self._last_triggered = step
         return True
+
+    def wants_checks(self, step: int) -> bool:
+        """Returns whether a step is to be checked; asked before its forward, once a step."""
+        wanted = step in GUARANTEED_CHECKS
+        if not wanted and step - self._last_check >= max(CHECKS_GAP, step // 2):
+            small = self.step_s < SMALL_STEP_S
+            allowance = SMALL_STEP_CHECKS_S if small else CHECKS_BUDGET * self.step_s
+            wanted = self.checks_s + self._costs.get("checks", 0.0) <= allowance * self.steps
+        if wanted:
+            self._last_check = step
+        return wanted
+
+    def account_checks(self, seconds: float) -> None:
+        """Books what a checked step took; checks have an account of their own."""
+        self.checks_s += seconds
+        self._costs["checks"] = seconds
 
     def _sample(self, step: int, second: Plan) -> Plan:
         if self._asked:

@@ -15,12 +15,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diagnoser.checks import Calls, Seen, examine, examine_often, user_line
 from diagnoser.curvature import ON_A_PROBE, Operator, ProbeSet, out_of_memory
 from diagnoser.errors import MeasurementError
-from diagnoser.monitor.interception import Books, loss_scale, unscaled, user_place
+from diagnoser.monitor.interception import Interception, loss_scale, unscaled
 from diagnoser.monitor.live import LiveGraphs
 from diagnoser.monitor.quiet import quiet
 from diagnoser.monitor.sample import KnownEnds, Sample
@@ -29,7 +31,7 @@ from diagnoser.monitor.subject import StepRule, Subject, coming_update, find_mod
 from diagnoser.monitor.triggers import LossBand, MomentRatios, Trigger
 from diagnoser.runlog import RunLogWriter
 from diagnoser.statistics import GraphReading, read_graph, signed
-from diagnoser.types import Component, Cost
+from diagnoser.types import Component, Cost, Where
 from diagnoser.vocabulary import MODEL
 
 LOOKS_AT_NON_FINITE = 10  # steps with a loss that is not finite, to catch where it is born
@@ -48,7 +50,7 @@ class Monitor:
 
     Args:
         log: Where everything goes.
-        books: Notes of the interception.
+        interception: What it notes and records.
         schedule: When to measure what.
         models: Root modules by name, or None to find them behind the first loss.
         optimizer: The optimizer, or None to take all that were built.
@@ -59,7 +61,7 @@ class Monitor:
     def __init__(
         self,
         log: RunLogWriter,
-        books: Books,
+        interception: Interception,
         schedule: Schedule,
         *,
         models: Mapping[str, nn.Module] | None = None,
@@ -72,7 +74,12 @@ class Monitor:
         self.step = 0
         self.measurements = 0
         self.subject: Subject | None = None
-        self._books = books
+        self._books = interception.books
+        self._notes = interception.notes
+        self._recorder = interception.recorder
+        self._memory: dict[str, Any] = {}  # of checks, from step to step
+        self._told: dict[str, str] = {}  # what checks could not tell, and why
+        self._calls: Calls | None = None  # of the running step, if it is checked
         self._models = models
         self._optimizer = optimizer
         self._probe = probe
@@ -114,6 +121,8 @@ class Monitor:
                 self._book()  # under the plan of the step that ended
             if self._backwards == 0:
                 self._begin_step()
+                self._calls = self._recorder.take() if self._recorder.is_on else None
+            self._recorder.stop()
             self._backwards += 1
             loss = root if isinstance(root, Tensor) else None
             if loss is None or loss.numel() != 1 or loss.grad_fn is None:
@@ -122,10 +131,15 @@ class Monitor:
                 self._note_loss(loss)
             if self._plan and self._backwards == 1:
                 self._measure_before(loss)
+            if self._calls is not None:
+                calls, self._calls = self._calls, None
+                self._check(loss, calls)
 
     def after_backward(self) -> None:
         """See `interception.Listener`."""
         self._live.forget()
+        if self._backwards == 1 and self.schedule.wants_checks(self.step + 1):
+            self._recorder.start()
         if self._steps_of and (self._sample is None or not self._plan):
             return
         with self._guard("gradients"):
@@ -348,6 +362,9 @@ class Monitor:
             self._sample = sample = Sample(self.step, self.subject)
             sample.read_graph(reading)
             sample.read_weights()
+            with self._trying("notes"):
+                self._read_notes(sample)
+                sample.rows += examine_often(self._seen(loss, Calls())).rows
             if reading.opaque:
                 self._once("opaque", f"{reading.opaque[0]}: a compiled module hides its operations")
             if plan.curvature:
@@ -359,6 +376,65 @@ class Monitor:
         if plan.curvature and not self._sample.curved and self._sample.update:
             self._measure_curvature(self._sample, loss)
             self._sample.add_curvature()
+
+    def _check(self, loss: Tensor, calls: Calls) -> None:
+        """Runs the program checks on a step whose calls were recorded, before its backward."""
+        begun = time.perf_counter()
+        if self.subject is None:
+            self._find_subject(read_graph(loss, values=False))
+        assert self.subject is not None
+        with self._trying("checks"), self._quietly(self.subject):
+            found = examine(self._seen(loss, calls))
+            for what, component, where in found.places:
+                data = {"file": where.file, "line": where.line}
+                self._fact_once(what, component, data)
+            for quantity, reason in found.unknown.items():
+                if self._told.get(quantity) != reason:
+                    self._told[quantity] = reason
+                    self.log.fact(self.step, "unknown", quantity, math.nan, {"reason": reason})
+            seconds = time.perf_counter() - begun
+            self.log.measurement(self.step, found.rows, seconds)
+            self.measurements += 1
+        seconds = time.perf_counter() - begun
+        self.schedule.account_checks(seconds)
+
+    def _seen(self, loss: Tensor, calls: Calls) -> Seen:
+        subject = self.subject
+        assert subject is not None
+        return Seen(
+            self.step,
+            calls,
+            unscaled(loss),
+            subject.parameters,
+            subject.layer_of,
+            list(self._optimizers()),
+            self._memory,
+        )
+
+    def _read_notes(self, sample: Sample) -> None:
+        """Adds what the program did between backward and step since the last sample."""
+        notes, evaluations = self._notes, self._recorder.evaluations
+        if notes.clips:
+            ratios, notes.clip_ratios = notes.clip_ratios, []
+            if ratios:
+                values = torch.stack([r.double().cpu() for r in ratios]).numpy()
+                sample.run("clip_ratio", float(np.nanmedian(values)) if len(values) else math.nan)
+                sample.run("clipped_share", float((values > 1.0).mean()))
+            sample.run("clipped_scaled", notes.clips_scaled / notes.clips)
+            self._fact_once("clip", MODEL, _place_data(notes.clip_place))
+        if notes.scheduler_steps:
+            sample.run("scheduler_first", float(notes.scheduler_first))
+            self._fact_once("scheduler", MODEL, _place_data(notes.scheduler_place))
+        if evaluations:
+            wrong = [place for said, place in evaluations if said]
+            sample.run("scored_in_training", len(wrong) / len(evaluations))
+            self._fact_once("evaluation", MODEL, _place_data(wrong[0] if wrong else None))
+
+    def _fact_once(self, what: str, component: str, data: Mapping[str, Any]) -> None:
+        key = f"fact:{what}:{component}"
+        if data and not self._failures.get(key):
+            self._failures[key] = 1
+            self.log.fact(self.step, what, component, 1.0, data)
 
     def _measure_curvature(self, sample: Sample, loss: Tensor) -> None:
         if self._failures.get("curvature", 0) >= MAX_FAILURES or not math.isfinite(self._loss):
@@ -549,10 +625,7 @@ class Monitor:
             if place is not None:
                 data |= {"file": place.file, "line": place.line}
             self.log.fact(self.step, "optimizer", MODEL, 1.0, data)
-        place = user_place()
-        if place is not None:
-            data = {"file": place.file, "line": place.line}
-            self.log.fact(self.step, "backward", MODEL, 1.0, data)
+        self._fact_once("backward", MODEL, _place_data(user_line()))
 
     def _optimizers(self) -> Iterator[torch.optim.Optimizer]:
         if self._optimizer is not None:
@@ -602,6 +675,10 @@ class Monitor:
             self.log.event(self.step, kind, message, {})
 
 
+def _place_data(place: Where | None) -> dict[str, Any]:
+    return {} if place is None else {"file": place.file, "line": place.line}
+
+
 class _Guard:
     """See `Monitor._guard`; a class, as every step passes two of them and generators are slower."""
 
@@ -613,9 +690,11 @@ class _Guard:
 
     def __enter__(self) -> None:
         self._monitor._since = time.perf_counter()
+        self._monitor._recorder.paused = True
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if isinstance(error, Exception):
             self._monitor._failed(self._what, error)
         self._monitor._book()
+        self._monitor._recorder.paused = False
         return isinstance(error, Exception)

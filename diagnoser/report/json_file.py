@@ -70,6 +70,7 @@ def _ranked_cause(cause: RankedCause) -> dict[str, Any]:
         "component": cause.component,
         "probability": _number(cause.probability),
         "n": _count(cause.n),
+        "because": list(cause.because),
     }
 
 
@@ -91,6 +92,7 @@ def _finding(finding: Finding) -> dict[str, Any]:
         "evidence": [_evidence(evidence) for evidence in finding.evidence],
         "message": finding.message,
         "where": None if where is None else {"file": where.file, "line": int(where.line)},
+        "patch": finding.patch,
         "repairs": [_repair(repair) for repair in finding.repairs],
     }
 

@@ -25,6 +25,7 @@ OTHERS: Final = 4  # causes that are only possible
 FINDINGS: Final = 4  # under each cause
 EVIDENCE: Final = 3  # under each finding
 REPAIRS: Final = 4
+PATCH: Final = 8  # lines
 CHECKED: Final = 12
 UNKNOWN: Final = 6
 
@@ -116,8 +117,11 @@ def _causes(diagnosis: Diagnosis) -> Iterator[Line]:
         label = f"{cause.cause} in {wording.subject(cause.component)}"
         notes = (label, measured, wording.place(findings, _here()))
         yield _line(4, "; ".join(note for note in notes if note), "dim")
+        if cause.because:
+            yield _line(4, wording.because_sentence(cause), "dim")
         yield from _findings(findings, explained=True)
         yield from _repairs(cause, findings)
+        yield from _patch(findings)
     yield from _more(len(likely) - CAUSES, "cause")
     if possible:
         yield from _heading("also possible")
@@ -162,6 +166,17 @@ def _repairs(cause: RankedCause | None, findings: Sequence[wording.Numbered]) ->
     for repair in repairs[:shown]:
         yield _line(6, f"{repair.name}: {wording.repair_sentence(repair)}", mark="- ")
     yield from _more(len(repairs) - shown, "suggestion")
+
+
+def _patch(findings: Sequence[wording.Numbered]) -> Iterator[Line]:
+    """Yields the first patch there is, for the place that its finding names."""
+    for number, finding in findings:
+        if finding.patch:
+            at = wording.place([(number, finding)], _here())
+            yield _line(4, f"to write{f' at {at}' if at else ''}", "bold")
+            for code in finding.patch.rstrip().split("\n")[:PATCH]:
+                yield _line(6, wording.visible(code, limit=160), "green")
+            return
 
 
 def _here() -> Path | None:

@@ -91,9 +91,35 @@ REPAIR_SENTENCES: Final[dict[str, tuple[str, dict[str, str]]]] = {
         {},
     ),
     "fix_attention_mask": (
-        "Leave at least one position visible in every row of the attention mask{of}.",
+        "Have the attention mask{of} hide what must not be seen, and leave at least one position "
+        "visible in every row.",
         {},
     ),
+    "fix_softmax": ("Take the softmax of the attention{of} over the keys.", {}),
+    "fix_attention_scale": (
+        "Divide the scores of the attention{of} by the root of a head's width: once, before the "
+        "softmax.",
+        {},
+    ),
+    "fix_attention_wiring": (
+        "Take queries, keys and values{of} from where they belong, head by head.",
+        {},
+    ),
+    "add_positions": ("Add positions to what attention is given.", {}),
+    "add_residual": ("Add the input of {name} to its output.", {}),
+    "set_mode": ("Call train() before training, and eval() before evaluating.", {}),
+    "fix_loss_inputs": ("Give the loss what it expects.", {}),
+    "shift_labels": ("Compare the outputs with the next inputs, not with their own.", {}),
+    "ignore_padding": ("Leave padding out of the loss.", {}),
+    "detach_target": ("Detach the target from its graph.", {}),
+    "scale_inputs": ("Scale inputs and targets to about unit variance.", {}),
+    "shuffle_batches": ("Draw the batches at random.", {}),
+    "fix_schedule": (
+        "Advance the schedule once for each step, after the optimizer, and have it fit the run.",
+        {},
+    ),
+    "unscale_first": ("Unscale the gradients before they are clipped.", {}),
+    "untie": ("Give {name} weights of its own.", {}),
     "change_activation": (
         "Replace the activation function{at} by {to}.",
         {"to": "one that passes gradients, for example GELU"},
@@ -108,6 +134,8 @@ REPAIR_SENTENCES: Final[dict[str, tuple[str, dict[str, str]]]] = {
         {"size": "twice or half the present one"},
     ),
 }
+
+REASONS: Final = 4  # who says a cause, by name
 
 VERDICT_SENTENCES: Final[dict[str, str]] = {
     "faulty": "something is wrong with this run",
@@ -311,6 +339,17 @@ def suggestions(cause: RankedCause | None, findings: Sequence[Numbered]) -> list
             if not covered and (cause is None or _near(cause.component, repair.component)):
                 repairs.append(repair)
     return repairs
+
+
+def because_sentence(cause: RankedCause) -> str:
+    """Returns who says that something is the cause, the strongest first.
+
+    >>> because_sentence(RankedCause("residual", "model", because=("rule:x", "classifier")))
+    'said by rule:x, classifier'
+    """
+    named = [visible(source) for source in cause.because[:REASONS]]
+    more = len(cause.because) - len(named)
+    return f"said by {', '.join(named)}{f' and {more} more' if more else ''}"
 
 
 def place(findings: Sequence[Numbered], start: Path | None = None) -> str:

@@ -9,9 +9,10 @@ from diagnoser.rules.engine import Judgement, evaluate
 from diagnoser.rules.loading import load_rules, shipped_rules_directory
 from diagnoser.rules.precision import Precision, precision_of, save_precision
 from diagnoser.rules.ranges import Range, Ranges, load_ranges, save_ranges, shipped_ranges
-from diagnoser.rules.rule import Rule
+from diagnoser.rules.rule import CHECKS_FAMILY, Rule
 
 __all__ = [
+    "CHECKS_FAMILY",
     "Judgement",
     "Precision",
     "Range",

@@ -222,7 +222,7 @@ def _finding(rule: Rule, view: View, firing: _Firing) -> Finding:
         other=other,
         severity=rule.severity,
         since_step=int(view.steps[firing.first]),
-        source=f"rule:{rule.id}",
+        source=rule.source,
         message=rule.message.render(places, number),
         causes=tuple(Cause(cause) for cause in rule.causes),
         evidence=tuple(evidence),
@@ -230,6 +230,7 @@ def _finding(rule: Rule, view: View, firing: _Firing) -> Finding:
             Repair(repair.name, places[repair.component], repair.parameters)
             for repair in rule.repairs
         ),
+        patch=rule.patch,
     )
 
 

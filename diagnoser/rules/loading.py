@@ -25,6 +25,7 @@ from diagnoser.vocabulary import (
     FAULTS,
     KINDS,
     MODEL,
+    PLACES,
     REPAIRS,
     SEVERITIES,
     STATUSES,
@@ -150,6 +151,8 @@ class _RuleFile(_Strict):
     repairs: list[_RepairFile] = []
     explains: list[Fault] = []
     ends_run: bool = False
+    where: Annotated[str, _word(PLACES, "place")] | None = None
+    patch: Text | None = None
     falsepositives: Annotated[list[Text], Field(min_length=1)]
     tests: Annotated[list[_ExampleFile], Field(min_length=2)]
 
@@ -362,6 +365,8 @@ def _build(document: Document, file: _RuleFile, catalogue: Catalogue) -> Rule:
         ),
         explains=tuple(file.explains),
         ends_run=file.ends_run,
+        where=file.where,
+        patch=file.patch,
         falsepositives=tuple(file.falsepositives),
         tests=tuple(examples),
     )

@@ -10,6 +10,8 @@ from diagnoser.rules.expression import Expression, HealthyEnd
 from diagnoser.rules.message import Message
 from diagnoser.table import Column, Scope
 
+CHECKS_FAMILY = "checks"  # the rules on what program checks measure
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -54,7 +56,8 @@ class Rule:
 
     A plain rule has one stage and ``hold`` (the file's ``for``): it fires where its expression is
     true at that many consecutive measured steps. A sequence (``is_sequence``) has several stages,
-    which must become true in order within ``within`` measured steps.
+    which must become true in order within ``within`` measured steps. ``where`` names the place of
+    the user's program that has to be changed, and ``patch`` is what to write there.
     """
 
     id: str
@@ -75,8 +78,15 @@ class Rule:
     repairs: tuple[SuggestedRepair, ...]
     explains: tuple[str, ...]
     ends_run: bool
+    where: str | None
+    patch: str | None
     falsepositives: tuple[str, ...]
     tests: tuple[Example, ...]
+
+    @property
+    def source(self) -> str:
+        """What a finding of it is said to come from: a rule on a program check is that check."""
+        return f"{'check' if self.family == CHECKS_FAMILY else 'rule'}:{self.id}"
 
     @property
     def is_sequence(self) -> bool:

@@ -1,0 +1,134 @@
+"""Program checks: what a training step does that no author would want, in numbers.
+
+A check looks at one step (`Seen`: its calls, its loss, a trace of its forward made beside the
+training) and gives numbers (`Found`); whether they are a fault is for the rules in ``rules/checks``
+to say, from the log. A check that does not apply gives a reason instead, and never a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from diagnoser.checks import (
+    attention,
+    modes,
+    objective,
+    optimisation,
+    probes,
+    structure,
+)
+from diagnoser.checks.calls import Call, Calls, LossCall
+from diagnoser.checks.modes import scored_in_training
+from diagnoser.checks.seen import Found, Seen
+from diagnoser.checks.trace import user_line
+from diagnoser.errors import MeasurementError
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """A check: its function, whose docstring says what it finds, and the quantities it gives."""
+
+    run: Callable[[Seen, Found], None]
+    quantities: tuple[str, ...]
+
+
+CHECKS: Final[Mapping[str, Check]] = {
+    "optimised-twice": Check(optimisation.shared_parameters, ("times_optimized",)),
+    "weight-decay": Check(optimisation.weight_decay, ("decay_to_step", "decayed_vectors")),
+    "training-mode": Check(
+        modes.training_mode, ("trained_in_eval", "dropout_largest", "batch_norm_momentum")
+    ),
+    "scores-into-loss": Check(
+        objective.scores_into_loss, ("not_log_probabilities", "target_gradient")
+    ),
+    "labels-in-input": Check(objective.labels_in_input, ("labels_in_input",)),
+    "padded-targets": Check(objective.padded_targets, ("padded_target_share",)),
+    "regression-targets": Check(objective.regression_targets, ("target_scale", "target_constant")),
+    "inputs": Check(
+        objective.inputs, ("input_largest", "input_non_finite", "same_samples", "same_batches")
+    ),
+    "softmax-axis": Check(
+        attention.softmax_axis,
+        (
+            "attention_sum_error",
+            "attention_other_axis",
+            "attention_after_softmax",
+            "attention_mask_after",
+        ),
+    ),
+    "attention-scale": Check(
+        attention.attention_scale,
+        ("attention_scale", "attention_scale_normalised", "attention_scores"),
+    ),
+    "score-precision": Check(attention.score_precision, ("half_scores",)),
+    "padding-mask": Check(
+        attention.padding_mask, ("padding_weight", "content_weight", "padded_query_hidden")
+    ),
+    "mask-value": Check(attention.mask_value, ("masked_rows", "mask_leak", "mask_margin")),
+    "causality": Check(attention.causality, ("future_weight", "needless_causal")),
+    "attention-sources": Check(
+        attention.sources, ("same_query_key", "key_value_apart", "head_similarity")
+    ),
+    "head-layout": Check(attention.head_layout, ("scrambled_heads",)),
+    "norms": Check(structure.norms, ("norm_missing",)),
+    "residuals": Check(structure.residuals, ("residual_missing",)),
+    "ties": Check(structure.ties, ("tied_elsewhere",)),
+    "units": Check(structure.units, ("twin_units",)),
+    "saddles": Check(structure.saddles, ("zero_scores",)),
+    "saturation": Check(structure.saturation, ("saturated_share",)),
+    "output-layer": Check(structure.output_layer, ("output_normalised",)),
+    "sample-leak": Check(probes.sample_leak, ("sample_leak", "input_influence")),
+    "order-blind": Check(probes.order_blind, ("position_share",)),
+    "padding-content": Check(probes.padding_content, ("padding_influence",)),
+    "future": Check(probes.future, ("future_influence",)),
+}
+
+
+# Cheap ones that need neither calls nor a trace: on every sample.
+OFTEN: Final[Mapping[str, Check]] = {
+    "labels": Check(objective.labels, ("label_classes", "batch_label_entropy")),
+}
+
+
+def examine(seen: Seen) -> Found:
+    """Runs all checks on a step; what one cannot tell, or fails at, is a reason, not an error."""
+    return _run(CHECKS, seen)
+
+
+def examine_often(seen: Seen) -> Found:
+    """Runs the checks that need no more than the loss."""
+    return _run(OFTEN, seen)
+
+
+def _run(checks: Mapping[str, Check], seen: Seen) -> Found:
+    found = Found(seen.step)
+    for check in checks.values():
+        before = len(found.rows)
+        try:
+            check.run(seen, found)
+            reason = "it does not apply to this model"
+        except MeasurementError as error:
+            reason = str(error)
+        except Exception as error:  # law 4: a mistake of ours must not end the others
+            reason = f"the check failed ({error!r})"[:200]
+        given = {row.quantity for row in found.rows[before:]}
+        found.unknown |= {q: reason for q in check.quantities if q not in given}
+    return found
+
+
+__all__ = [
+    "CHECKS",
+    "OFTEN",
+    "Call",
+    "Calls",
+    "Check",
+    "Found",
+    "LossCall",
+    "Seen",
+    "examine",
+    "examine_often",
+    "scored_in_training",
+    "user_line",
+]

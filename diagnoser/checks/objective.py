@@ -1,0 +1,198 @@
+"""Checks of what the loss is given: scores, targets, and the batch they come from."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diagnoser.checks.calls import distinct
+from diagnoser.checks.losses import Loss
+from diagnoser.checks.seen import Found, Seen
+from diagnoser.errors import MeasurementError
+
+MOST_LABELS = 4096
+LEAST_LABELS = 8
+REGRESSION = ("mse", "l1", "smooth_l1", "huber")
+
+
+def _loss_with_target(seen: Seen, *kinds: str) -> Loss:
+    for loss in seen.losses:
+        if loss.target is not None and (not kinds or loss.kind in kinds):
+            return loss
+    wanted = f" ({', '.join(kinds)})" if kinds else ""
+    raise MeasurementError(f"no loss function with a target{wanted} was seen")
+
+
+def scores_into_loss(seen: Seen, found: Found) -> None:
+    """Finds scores that are not what their loss expects.
+
+    ``not_log_probabilities``: share of rows that a negative log-likelihood is given whose
+    exponentials do not sum to one. ``target_gradient``: 1 where gradients flow into both sides of a
+    regression or a divergence: the target misses a ``detach``.
+
+    Source: UMLAUT (missing softmax); ariecattan/SciCo#2.
+    Cannot see: losses written by hand. Probabilities into cross-entropy are
+    `probabilities_into_loss` of the graph.
+    Costs: the sum of exponentials of one batch of scores.
+    """
+    seen_any = False
+    for loss in seen.losses:
+        if loss.kind == "nll" and loss.scores is not None:
+            rows = loss.scores.detach().float()
+            rows = rows.movedim(1, -1) if rows.ndim > 1 else rows
+            total = rows.exp().sum(-1)
+            found.run("not_log_probabilities", float(((total - 1).abs() > 0.01).float().mean()))
+            seen_any = True
+        if loss.kind in (*REGRESSION, "kl_div", "bce_logits", "bce"):
+            both = loss.target_has_gradient and loss.scores_have_gradient
+            found.run("target_gradient", float(both))
+            seen_any = True
+        found.place("loss", loss.place)
+    if not seen_any:
+        raise MeasurementError("no loss function of torch was seen near the root")
+
+
+def labels(seen: Seen, found: Found) -> None:
+    """Finds labels of one class, and batches of one class.
+
+    ``label_classes``: different labels seen so far. ``batch_label_entropy``: mean entropy of the
+    labels of a batch over that of all labels seen: 0 where each batch holds one class, about 1
+    where batches are drawn at random.
+
+    Source: UMLAUT, benchmark operator D2.
+    Cannot see: labels of multi-label tasks; an order that is not one of classes.
+    Costs: a count of one batch's labels.
+    """
+    loss = _loss_with_target(seen, "nll")
+    target = loss.target
+    assert target is not None
+    flat = target.reshape(-1)
+    flat = flat[flat != loss.ignored][:MOST_LABELS] if loss.ignored is not None else flat
+    if flat.is_floating_point() or not len(flat):
+        raise MeasurementError("the loss is given no class labels")
+    counts = Counter(flat.tolist())
+    pooled: dict[int, int] = seen.memory.setdefault("labels", {})
+    for value, count in counts.items():
+        pooled[value] = pooled.get(value, 0) + count
+    entropies: list[float] = seen.memory.setdefault("label_entropies", [])
+    entropies.append(_entropy(list(counts.values())))
+    found.run("label_classes", float(len(pooled)))
+    whole = _entropy(list(pooled.values()))
+    if whole > 0 and len(flat) >= LEAST_LABELS and len(entropies) >= 2:
+        expected = whole - (len(pooled) - 1) / (2 * len(flat))  # of a small sample (Miller 1955)
+        if expected > 0.1 * whole:
+            found.run("batch_label_entropy", sum(entropies) / len(entropies) / expected)
+
+
+def labels_in_input(seen: Seen, found: Found) -> None:
+    """Finds labels that are part of the input.
+
+    ``labels_in_input``: share of counted targets that equal the input of the same position: 1 where
+    the labels of a language model were not shifted.
+
+    Source: TransformerLens#1607, benchmark operator L3.
+    Cannot see: leaks through anything but the integers that are embedded.
+    Costs: a comparison of one batch.
+    """
+    loss = _loss_with_target(seen, "nll")
+    target = loss.target
+    assert target is not None
+    for tokens in seen.token_inputs:
+        if tokens.numel() == target.numel() and tokens.shape[-1] > 1 and len(distinct(tokens)) > 2:
+            same = tokens.reshape(-1) == target.reshape(-1)
+            if loss.ignored is not None:
+                same = same[target.reshape(-1) != loss.ignored]
+            if same.numel() >= LEAST_LABELS:
+                found.run("labels_in_input", float(same.float().mean()))
+                return
+    raise MeasurementError("no integer input has a label at each position")
+
+
+def _entropy(counts: list[int]) -> float:
+    total = sum(counts)
+    return -sum(c / total * math.log(c / total) for c in counts if c)
+
+
+def padded_targets(seen: Seen, found: Found) -> None:
+    """Finds a loss that counts the padding.
+
+    ``padded_target_share``: share of the counted targets that lie on padding of the input.
+
+    Source: benchmark operator L3; loss over padding.
+    Cannot see: padding that is not recognised, targets of another length than the input.
+    Costs: one comparison.
+    """
+    loss = _loss_with_target(seen, "nll")
+    target, padding = loss.target, seen.padding
+    assert target is not None
+    if target.numel() == padding.numel():
+        on_padding = padding
+    elif target.numel() == padding[:, 1:].numel():
+        on_padding = padding[:, 1:]
+    else:
+        raise MeasurementError("targets are not of the input's positions")
+    counted = target.reshape(-1) != loss.ignored if loss.ignored is not None else None
+    where = on_padding.reshape(-1)
+    share = where if counted is None else where[counted]
+    # A target that is padding, too, teaches nothing but to repeat it.
+    found.run("padded_target_share", float(share.float().mean()) if share.numel() else 0.0)
+
+
+def regression_targets(seen: Seen, found: Found) -> None:
+    """Finds regression targets out of scale, or constant.
+
+    ``target_scale``: the larger of absolute mean and standard deviation of the targets of a
+    regression; ``target_constant``: 1 where all targets seen are the same.
+
+    Source: benchmark operator D3; DeepDiagnosis (output range).
+    Cannot see: targets that are scaled inside a loss of one's own.
+    Costs: two sums.
+    """
+    loss = _loss_with_target(seen, *REGRESSION)
+    assert loss.target is not None
+    target = loss.target.detach().float().reshape(-1)[:MOST_LABELS]
+    if not bool(torch.isfinite(target).all()) or len(target) < 2:
+        found.run("target_scale", math.inf if len(target) > 1 else math.nan)
+        return
+    found.run("target_scale", max(abs(float(target.mean())), float(target.std())))
+    found.run("target_constant", float(float(target.std()) == 0.0))
+
+
+def inputs(seen: Seen, found: Found) -> None:
+    """Finds inputs that are not finite, out of scale, the same for all samples, or repeated.
+
+    ``input_largest``: largest absolute value of the float inputs. ``input_non_finite``: share of
+    their values that are NaN or infinite. ``same_samples``: share of samples of a batch that equal
+    the first one. ``same_batches``: share of the steps looked at whose batch was seen before.
+
+    Source: UMLAUT (input range), TheDeepChecker, TensorFlow data validation manners.
+    Cannot see: inputs that are computed inside of the model.
+    Costs: a few sums over the batch.
+    """
+    given = [t for t in seen.main.inputs if t.ndim and t.numel()]
+    floats = [t.detach() for t in given if t.is_floating_point() and t.ndim > 1]
+    for tensor in floats[:1]:
+        found.run("input_largest", float(tensor.abs().nan_to_num(0.0, 0.0, 0.0).max()))
+        found.run("input_non_finite", float((~torch.isfinite(tensor)).float().mean()))
+    if not given:
+        raise MeasurementError("the model is given no tensor")
+    data = max(given, key=lambda t: t.numel())
+    if data.shape[0] > 2:
+        rest = data[1:].reshape(data.shape[0] - 1, -1)
+        found.run("same_samples", float((rest == data[0].reshape(1, -1)).all(1).float().mean()))
+    key = _fingerprint(data)
+    batches: dict[Any, int] = seen.memory.setdefault("batches", {})
+    batches[key] = batches.get(key, 0) + 1
+    count = sum(batches.values())
+    if count > 1:
+        found.run("same_batches", 1.0 - (len(batches) - 1) / (count - 1))
+
+
+def _fingerprint(data: Tensor) -> tuple[Any, ...]:
+    part = data.detach().reshape(-1)[:: max(1, data.numel() // 4096)].double()
+    weight = torch.arange(1, len(part) + 1, dtype=torch.float64, device=part.device)
+    return tuple(data.shape), float(part.sum()), float((part * weight).sum())

@@ -1,0 +1,84 @@
+"""Checks of what the optimizers were given."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from torch import Tensor
+
+from diagnoser.checks.seen import Found, Seen
+from diagnoser.errors import MeasurementError
+
+DECOUPLED = ("AdamW",)
+LARGE_DECAY = 0.1
+
+
+def _groups(seen: Seen) -> list[tuple[str, Tensor, str, dict]]:  # type: ignore[type-arg]
+    names = {id(p): n for n, p in seen.parameters.items()}
+    found = [
+        (names[id(p)], p, type(optimizer).__name__, group)
+        for optimizer in seen.optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if id(p) in names
+    ]
+    if not found:
+        raise MeasurementError("no optimizer that holds parameters of the model was seen")
+    return found
+
+
+def shared_parameters(seen: Seen, found: Found) -> None:
+    """Finds parameters that are stepped more than once.
+
+    ``times_optimized``: how many places of how many optimizers hold the parameters of a component.
+
+    Source: benchmark operator O14.
+    Cannot see: an optimizer whose ``step`` is called twice.
+    Costs: a look at each parameter.
+    """
+    count = Counter(name for name, *_ in _groups(seen))
+    for layer, value in _by_layer(seen, {n: float(c) for n, c in count.items()}).items():
+        found.component("times_optimized", layer, value)
+
+
+def weight_decay(seen: Seen, found: Found) -> None:
+    """Finds weight decay that outruns the gradient, and decay of norms and biases.
+
+    ``decay_to_step``: how far decay moves the weights of a component in a step, over how far the
+    largest usual step of the optimizer does (all elements by the learning rate; for optimizers
+    without a second moment, by the gradient). ``decayed_vectors``: share of the norms' and biases'
+    elements that decay by 0.1 and more: nearly all scripts decay them a little, to no harm.
+
+    Source: Loshchilov and Hutter 2019; benchmark operator O9.
+    Cannot see: decay that is written into the loss.
+    Costs: a norm of each parameter.
+    """
+    ratios: dict[str, float] = {}
+    vectors = decayed = 0
+    for name, parameter, kind, group in _groups(seen):
+        decay = float(group.get("weight_decay", 0.0) or 0.0)
+        if parameter.ndim < 2:
+            vectors += parameter.numel()
+            decayed += parameter.numel() * (decay >= LARGE_DECAY)
+        size = float(parameter.detach().norm()) * decay
+        adaptive = "betas" in group
+        if adaptive and (kind in DECOUPLED or group.get("decoupled_weight_decay")):
+            ratios[name] = size / math.sqrt(parameter.numel())
+        elif parameter.grad is not None and not parameter.grad.is_sparse:
+            gradient = float(parameter.grad.norm())
+            if gradient > 0:
+                ratios[name] = size / gradient
+    for layer, value in _by_layer(seen, ratios).items():
+        found.component("decay_to_step", layer, value)
+    if vectors:
+        found.run("decayed_vectors", decayed / vectors)
+
+
+def _by_layer(seen: Seen, values: dict[str, float]) -> dict[str, float]:
+    worst: dict[str, float] = {}
+    for name, value in values.items():
+        layer = seen.layer_of([seen.parameters[name]])
+        if layer is not None:
+            worst[layer] = max(worst.get(layer, 0.0), value)
+    return worst

@@ -1,0 +1,229 @@
+"""Interventional probes: change something in a copy of the batch, and see what that changes.
+
+Each probe runs the replica once or twice, in eval mode and without gradients. A change is what the
+outputs differ by, relative to their spread over the batch; differences below `NOISE` are rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from diagnoser.checks.attention import next_input_lengths
+from diagnoser.checks.calls import changed
+from diagnoser.checks.reading_attention import find_attentions
+from diagnoser.checks.seen import Found, Seen, first_float
+from diagnoser.checks.trace import Trace
+from diagnoser.errors import MeasurementError
+
+NOISE = 1e-4  # of the outputs' spread
+
+
+def _spread(output: Tensor) -> float:
+    """Root mean square difference of the outputs from their mean."""
+    value = output.float()
+    return float((value - value.mean()).square().mean().sqrt())
+
+
+def _swapped(seen: Seen, axis: int) -> Tensor:
+    """Runs the model with the first slice along an axis of its inputs replaced by the last."""
+    size = next(t.shape[axis] for t in seen.main.inputs if t.ndim > axis)
+
+    def change(tensor: Tensor) -> Tensor:
+        if tensor.ndim <= axis or tensor.shape[axis] != size:
+            return tensor
+        new = tensor.detach().clone()
+        new.select(axis, 0).copy_(tensor.select(axis, size - 1))
+        return new
+
+    args, kwargs = changed(seen.main.args, change), changed(dict(seen.main.kwargs), change)
+    return first_float(seen.replica.run(args, kwargs))
+
+
+def _changes_along(before: Tensor, after: Tensor, axis: int) -> tuple[float, float]:
+    """Root mean square change of the first slice along an axis, and of the mean other one."""
+    if after.shape != before.shape:
+        raise MeasurementError("the shape of the output depends on the input")
+    if not bool(torch.isfinite(after).all() and torch.isfinite(before).all()):
+        raise MeasurementError("the output is not finite")
+    change = (after - before).float().movedim(axis, 0)
+    change = change.reshape(change.shape[0], -1).square().mean(1).sqrt()
+    return float(change[0]), float(change[1:].mean())
+
+
+def sample_leak(seen: Seen, found: Found) -> None:
+    """Finds samples that depend on each other, and outputs that do not depend on the input.
+
+    ``sample_leak``: how much the outputs of other samples change when the first sample is replaced
+    by the last, over how much its own changes. ``input_influence``: how much its own output
+    changes, over the spread of the outputs (0: the same answer to every input).
+
+    Source: DEFault++ (cross-example leak), TheDeepChecker (input dependency).
+    Cannot see: a batch axis that is not the first (it says so), leaks in train mode alone (batch
+    norm, contrastive losses).
+    Costs: one forward, two where it finds a leak.
+    """
+    base = first_float(seen.outputs)
+    size = seen.batch
+    if base.shape[0] != size:
+        raise MeasurementError("the first axis of the output is not that of the input")
+    own, others = _changes_along(base, _swapped(seen, 0), 0)
+    spread = _spread(base)
+    leaks = own > NOISE * spread > 0 and others > NOISE * spread
+    if leaks and base.ndim > 2 and any(t.shape[1:2] == base.shape[1:2] for t in seen.main.inputs):
+        alone, beside = _changes_along(base, _swapped(seen, 1), 1)
+        if alone > NOISE * spread and beside <= NOISE * spread:
+            raise MeasurementError("the samples may lie along the second axis of the input")
+    found.run("input_influence", own / spread if spread > 0 else 0.0)
+    if own > NOISE * spread > 0:
+        found.run("sample_leak", others / own if leaks else 0.0)
+        found.place("model", seen.main.place)
+
+
+def order_blind(seen: Seen, found: Found) -> None:
+    """Finds attention that cannot tell positions apart.
+
+    ``position_share``: how much the inputs of the first self-attention differ between positions
+    when every position holds the same content, over how much they differ between positions of the
+    real batch. 0: nothing says which position is which.
+
+    Source: Lightning-AI/pytorch-lightning#20099, DEFault++ POE, DiffPoseTalk#20.
+    Cannot see: whether order matters for the task; positions that enter behind the first attention
+    (relative biases, rotations): where there are any, it is not measured.
+    Costs: one forward.
+    """
+    attention = next((a for _, a in seen.attentions if a.is_self and a.query is not None), None)
+    real = None if attention is None else attention.query
+    if attention is None or real is None:
+        raise MeasurementError("no self-attention in the model's forward")
+    if attention.weights.shape[-1] < 3:
+        raise MeasurementError("self-attention over two positions")
+    if attention.hidden is not None and _sees_no_later(attention.weights):
+        raise MeasurementError("a causal mask tells positions apart by itself")
+    real = real.float()
+
+    def constant(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.bool or tensor.ndim < 2:
+            return tensor
+        if tensor.is_floating_point():
+            return torch.full_like(tensor, 0.5)
+        if any(tensor is t for t in seen.token_inputs):
+            values = tensor.reshape(-1)
+            middle = values.sort().values[len(values) // 2]
+            return torch.full_like(tensor, int(middle))
+        return tensor
+
+    trace = Trace()
+    args, kwargs = changed(seen.main.args, constant), changed(dict(seen.main.kwargs), constant)
+    seen.replica.run(args, kwargs, trace=trace)
+    again = find_attentions(trace, list(seen.parameters.values()))
+    same = next((a for a in again if a.is_self and a.query is not None), None)
+    flat = None if same is None else same.query
+    if same is None or flat is None:
+        raise MeasurementError("no self-attention on constant content")
+    flat = flat.float()
+    if flat.shape != real.shape:
+        raise MeasurementError("the shape of attention depends on the content")
+    axis = -2
+    differs = (flat - flat.mean(axis, keepdim=True)).square().mean().sqrt()
+    usual = (real - real.mean(axis, keepdim=True)).square().mean().sqrt()
+    if not float(usual) > 0:
+        raise MeasurementError("all positions of the batch are the same")
+    ratio = float(differs / usual)
+    logits, raw = same.logits, same.raw
+    if ratio < NOISE and logits is not None and raw is not None:
+        # A bias that depends on the distance (ALiBi, T5) is added to the scores.
+        scores = logits[torch.isfinite(logits).all(-1)]
+        varies = scores - scores.mean(-1, keepdim=True)
+        unmasked = varies[varies.abs().amax(-1) < 1e3] if len(varies) else varies
+        if unmasked.numel() and float(unmasked.abs().max()) > 1e-3:
+            raise MeasurementError("positions enter through the scores of attention")
+    found.run("position_share", ratio if ratio > NOISE else 0.0)
+    found.place("model", seen.main.place)
+
+
+def _sees_no_later(weights: Tensor) -> bool:
+    return float(torch.nan_to_num(weights[:64]).triu(1).max()) < 1e-6
+
+
+def padding_content(seen: Seen, found: Found) -> None:
+    """Finds outputs that depend on what the padding holds.
+
+    ``padding_influence``: how much the outputs change (of positions that are no padding) when the
+    embedding of the padding is replaced by random vectors of usual size, over their spread.
+
+    Source: DEFault++ (pad mass); yg211/bert_nli#3, jina-ai/clip-as-service#76 (pooling).
+    Cannot see: padding that is not embedded, or that is not recognised.
+    Costs: one forward.
+    """
+    padding, tokens = seen.padding, seen.tokens
+    base = first_float(seen.outputs)
+    generator = torch.Generator().manual_seed(0)
+    handles = []
+
+    def replace(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        indices = args[0]
+        if indices.numel() != tokens.numel() or not torch.equal(
+            indices.reshape(tokens.shape), tokens
+        ):
+            return None
+        size = output[~padding.reshape(indices.shape)].square().mean().sqrt()
+        noise = torch.randn(output.shape, generator=generator).to(output) * size
+        return torch.where(padding.reshape(indices.shape).unsqueeze(-1), noise, output)
+
+    for module in seen.replica.module.modules():
+        if isinstance(module, nn.Embedding):
+            handles.append(module.register_forward_hook(replace))
+    try:
+        if not handles:
+            raise MeasurementError("no module embeds the input")
+        after = first_float(seen.replica.run())
+    finally:
+        for handle in handles:
+            handle.remove()
+    if after.shape != base.shape:
+        raise MeasurementError("the shape of the output depends on the input")
+    change = (after - base).float()
+    if change.shape[:2] == padding.shape and change.ndim > 2:
+        change = change[~padding]  # what is said of padding is nobody's concern
+    if not bool(torch.isfinite(change).all()):
+        raise MeasurementError("the output is not finite")
+    spread = _spread(base)
+    size = float(change.square().mean().sqrt())
+    found.run("padding_influence", size / spread if size > NOISE * spread > 0 else 0.0)
+
+
+def future(seen: Seen, found: Found) -> None:
+    """Finds outputs that change with later inputs although they are to predict them.
+
+    ``future_influence``: how much the outputs of the first half of positions change when the second
+    half of the input is replaced by another sample's, over how much those of the second half do.
+
+    Source: huggingface/transformers#48745, unsloth-zoo#963.
+    Cannot see: models whose targets are not recognised as next inputs.
+    Costs: one forward.
+    """
+    lengths = next_input_lengths(seen)
+    if not lengths:
+        raise MeasurementError("the loss does not compare with next inputs")
+    tokens = next(t for t in seen.token_inputs if t.shape[-1] in lengths or t.shape[0] in lengths)
+    if tokens.ndim != 2 or tokens.shape[-1] not in lengths:
+        raise MeasurementError("time is not the last axis of the input")
+    base = first_float(seen.outputs)
+    length = tokens.shape[1]
+    axis = next((i for i, n in enumerate(base.shape) if n == length and i), None)
+    if axis is None:
+        raise MeasurementError("no axis of the output has the input's length")
+    half = length // 2
+    new = tokens.clone()
+    new[:, half:] = tokens.roll(1, 0)[:, half:]
+    args, kwargs = seen.changed_inputs(tokens, new)
+    after = first_float(seen.replica.run(args, kwargs))
+    if after.shape != base.shape:
+        raise MeasurementError("the shape of the output depends on the input")
+    change = (after - base).float()
+    early = float(change.narrow(axis, 0, half).square().mean().sqrt())
+    late = float(change.narrow(axis, half, length - half).square().mean().sqrt())
+    if not late > 0:
+        raise MeasurementError("the outputs do not depend on the input")
+    found.run("future_influence", early / late if early > NOISE * late else 0.0)

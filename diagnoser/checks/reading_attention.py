@@ -1,0 +1,405 @@
+"""Finds the attentions of a traced forward, and says what they do.
+
+An attention is a softmax (fused, torch's, or written with an exponential) whose result weights
+other tensors; one whose result enters a loss is not. Everything else follows from that place in the
+trace: forwards to the product with the values, backwards over masks and scales to the product of
+queries and keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from diagnoser.checks.trace import PRODUCTS, SHAPE_ONLY, Operation, Trace, scalar_of
+from diagnoser.types import Where
+
+FUSED = frozenset({
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+})  # fmt: skip
+SOFTMAXES = frozenset({"_softmax", "_safe_softmax"})
+NORMS = frozenset({
+    "native_layer_norm", "_fused_rms_norm", "rsqrt", "linalg_vector_norm", "norm",
+    "native_batch_norm", "native_group_norm",
+})  # fmt: skip
+TRANSPARENT = ("sub", "amax", "max", "exp", "leaky_relu", "relu")  # to masks and scales
+HIDES = -1e3  # a logit that a mask sets is further below the others than any score of theirs
+MOST_SAMPLES = 16  # of a batch that weights are computed for again
+
+
+@dataclass(slots=True, eq=False)
+class Attention:
+    """One attention of a forward.
+
+    ``weights`` is what multiplies the values, (n, queries, keys), with the axis that is summed over
+    last; ``logits`` the same before the softmax, and ``raw`` before any mask. ``scale`` is what all
+    plain numbers between the queries' and keys' projections and the softmax multiply to, ``width``
+    how many elements a product of query and key adds up. ``after`` names what came between softmax
+    and values. None and NaN: not seen.
+    """
+
+    index: int
+    place: Where | None
+    softmax: Operation
+    product: Operation  # with the values
+    weights: Tensor
+    logits: Tensor | None = None
+    raw: Tensor | None = None
+    scores: Operation | None = None  # the product of queries and keys
+    scale: float = math.nan
+    width: int = 0
+    learned_scale: bool = False
+    normalised: bool = False  # queries or keys are normalised before their product
+    hidden: Tensor | None = None  # what masks hide, like the weights
+    after: tuple[str, ...] = ()
+    factor_after: float = 1.0
+    parameters: list[Tensor] = field(default_factory=list)
+    query_parameters: list[Tensor] = field(default_factory=list)
+    key_parameters: list[Tensor] = field(default_factory=list)
+    value_parameters: list[Tensor] = field(default_factory=list)
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Which inputs of `scores` are queries and keys; None where they were not seen."""
+        if self.scores is None:
+            return None
+        first = first_factor(self.scores)
+        return first, first + 1
+
+    @property
+    def query(self) -> Tensor | None:
+        """The queries, (..., queries, width)."""
+        return self.scores.inputs[self.sides[0]] if self.scores and self.sides else None
+
+    @property
+    def is_self(self) -> bool:
+        """Whether there are as many queries as keys, more than one."""
+        return self.weights.shape[-1] == self.weights.shape[-2] > 1
+
+
+def first_factor(product: Operation) -> int:
+    """Returns which input of a matrix product is its left factor; sums come before it."""
+    return 1 if product.name in ("addmm", "baddbmm", "addmv") else 0
+
+
+def find_attentions(trace: Trace, parameters: list[Tensor]) -> list[Attention]:
+    """Returns the attentions of a forward in the order in which they were computed.
+
+    Args:
+        trace: Its operations.
+        parameters: Of the model, to name an attention by what made its queries, keys and values.
+    """
+    found = []
+    for operation in trace.operations:
+        if operation.name in FUSED:
+            attention = _fused(trace, operation)
+        elif operation.name in SOFTMAXES or _is_handmade(trace, operation):
+            attention = _written(trace, operation)
+        else:
+            continue
+        if attention is not None:
+            _name(trace, attention, parameters)
+            found.append(attention)
+    return found
+
+
+def _is_handmade(trace: Trace, operation: Operation) -> bool:
+    """Whether an operation is the division of ``exp(x) / exp(x).sum(...)``."""
+    if operation.name != "div" or len(operation.inputs) < 2:
+        return False
+    top, bottom = (_behind(trace, operation, side) for side in (0, 1))
+    if top is None or bottom is None or top.name != "exp":
+        return False
+    return any(
+        step.name == "sum" and any(s.name == "exp" for s in trace.ancestors(step, 8))
+        for step in trace.ancestors(bottom, 8)
+    )
+
+
+def _behind(trace: Trace, operation: Operation, position: int) -> Operation | None:
+    """Returns what made an input, behind changes of its shape."""
+    before = trace.producer(operation, position)
+    while before is not None and before.name in SHAPE_ONLY:
+        before = trace.producer(before, 0) if before.sources else None
+    return before
+
+
+# -- forwards: from the softmax to the values ------------------------------------------------------
+
+
+def _written(trace: Trace, softmax: Operation) -> Attention | None:
+    for product, position, after, factor in _value_products(trace, softmax):
+        weights = _contracted(trace, product, position)
+        if weights is None or weights.shape[-1] < 2:
+            continue
+        attention = Attention(
+            softmax.index, softmax.place or product.place, softmax, product, weights,
+            after=after, factor_after=factor,
+        )  # fmt: skip
+        _read_logits(trace, attention)
+        return attention
+    return None
+
+
+def _value_products(
+    trace: Trace, start: Operation
+) -> Iterator[tuple[Operation, int, tuple[str, ...], float]]:
+    """Yields where a softmax result weights something, and what happened to it on the way."""
+    queue: list[tuple[Operation, tuple[str, ...], float]] = [(start, (), 1.0)]
+    seen = {start.index}
+    for operation, after, factor in queue:
+        for consumer in trace.consumers(operation):
+            position = next(i for i, s in enumerate(consumer.sources) if s == operation.index)
+            if consumer.name in PRODUCTS:
+                yield consumer, position, after, factor
+                continue
+            number = _number_beside(consumer)
+            weighting = (
+                consumer.name == "mul" and number is None and len(consumer.inputs) == 2
+                and _sum_of(trace, consumer) is not None
+            )  # fmt: skip
+            if weighting:
+                yield consumer, position, after, factor
+                continue
+            if consumer.index in seen:
+                continue
+            if consumer.name in SHAPE_ONLY or consumer.name in ("native_dropout", "bernoulli"):
+                step, by = after, 1.0
+            elif consumer.name in ("mul", "div") and number is not None:
+                step = (*after, "scale")
+                by = number if consumer.name == "mul" else 1.0 / number if number else math.nan
+            elif consumer.name in ("mul", "masked_fill", "where"):
+                step, by = (*after, "mask"), 1.0
+            else:
+                continue
+            seen.add(consumer.index)
+            queue.append((consumer, step, factor * by))
+
+
+def _number_beside(operation: Operation) -> float | None:
+    """Returns the plain number that an operation multiplies or divides by."""
+    return scalar_of(operation.args[1]) if len(operation.args) > 1 else None
+
+
+def _sum_of(trace: Trace, product: Operation) -> Operation | None:
+    """Returns the sum over one axis that follows a product of weights and values."""
+    return next(
+        (
+            c
+            for c in trace.consumers(product)
+            if c.name == "sum" and len(c.args) > 1 and len(c.args[1] or ()) == 1
+        ),
+        None,
+    )
+
+
+def _contracted(trace: Trace, product: Operation, position: int) -> Tensor | None:
+    """Returns the weights (n, queries, keys), with the axis that the product adds up last."""
+    weights = product.inputs[position]
+    if product.name == "mul":
+        total = _sum_of(trace, product)
+        assert total is not None
+        axis = total.args[1][0]
+        rank = product.result.ndim
+        axis = axis % rank - (rank - weights.ndim)
+        if axis < 0:
+            return None
+        moved = weights.movedim(axis, -1)
+        return moved.reshape(-1, 1, moved.shape[-1])
+    left = position == first_factor(product)
+    if weights.ndim == 1:
+        return weights.reshape(1, 1, -1)
+    weights = weights if left else weights.transpose(-2, -1)
+    return weights if weights.ndim == 3 else weights.unsqueeze(0)
+
+
+# -- backwards: from the softmax to queries and keys -----------------------------------------------
+
+
+def _read_logits(trace: Trace, attention: Attention) -> None:
+    """Follows the scores from the softmax back to their product, over masks and scales."""
+    softmax = attention.softmax
+    axis = softmax.args[1] if softmax.name in SOFTMAXES else -1
+    if not isinstance(axis, int):
+        return
+
+    def like_weights(scores: Tensor) -> Tensor | None:
+        """Scores (n, queries, keys), if the softmax is over the keys."""
+        if scores.numel() != attention.weights.numel() or scores.ndim == 0:
+            return None
+        moved = scores.movedim(axis, -1) if scores.ndim > 1 else scores
+        same = moved.shape[-1] == attention.weights.shape[-1]
+        return moved.reshape(attention.weights.shape) if same else None
+
+    attention.logits = attention.raw = like_weights(softmax.inputs[0])
+    scale, step = 1.0, trace.producer(softmax, 0)
+    for _ in range(32):
+        if step is None:
+            return
+        if step.name in PRODUCTS:
+            _read_product(trace, attention, step, scale)
+            return
+        number, position = _number_beside(step), _bearing(step)
+        before = trace.producer(step, position)
+        if step.name in ("mul", "div") and number is not None:
+            scale *= number if step.name == "mul" else 1.0 / number if number else math.nan
+        elif step.name in ("mul", "div", "tanh", "clamp"):
+            attention.learned_scale = True  # or a cap
+        elif step.name in ("masked_fill", "where", "add"):
+            hidden = like_weights(_hidden_by(step, position).expand_as(step.result))
+            if hidden is not None and (step.name != "add" or bool(hidden.any())):
+                known = attention.hidden
+                attention.hidden = hidden if known is None else known | hidden
+                if before is not None:
+                    attention.raw = like_weights(before.result)
+        elif step.name not in (*SHAPE_ONLY, *TRANSPARENT):
+            return
+        step = before
+
+
+def _bearing(step: Operation) -> int:
+    """Returns which input of an operation carries the scores: the first of floats that is largest.
+
+    Masks are smaller, or no floats.
+    """
+    sizes = [x.numel() if x.is_floating_point() else -1 for x in step.inputs]
+    return max(range(len(sizes)), key=lambda i: (sizes[i], -i))
+
+
+def _hidden_by(step: Operation, position: int) -> Tensor:
+    """Returns what a step takes out of sight, as far as it broadcasts to its result."""
+    if step.name == "masked_fill":
+        return step.inputs[1]
+    if step.name == "where":
+        condition = step.inputs[0]
+        first = isinstance(step.args[1], Tensor) and step.args[1] is step.inputs[position]
+        return ~condition if first else condition
+    others = [x for i, x in enumerate(step.inputs) if i != position]
+    return others[0] <= HIDES if others else torch.zeros((), dtype=torch.bool)
+
+
+def _read_product(trace: Trace, attention: Attention, product: Operation, scale: float) -> None:
+    """Reads the product of queries and keys, and what happened to either before it."""
+    attention.scores = product
+    first = first_factor(product)
+    alpha = scalar_of(product.kwargs.get("alpha", 1.0)) or 1.0
+    if product.name == "baddbmm" and attention.logits is not None:
+        # Of nn.MultiheadAttention, whose mask goes into the product.
+        hidden = (product.inputs[0] <= HIDES).expand_as(product.result)
+        attention.hidden = hidden.reshape(attention.logits.shape) if bool(hidden.any()) else None
+        bare = product.inputs[1] @ product.inputs[2] * alpha
+        attention.raw = bare.reshape(attention.logits.shape)
+    attention.width = product.inputs[first].shape[-1]
+    for side in (first, first + 1):
+        factor, learned, normalised = _before_product(trace, product, side)
+        scale *= factor
+        attention.learned_scale |= learned
+        attention.normalised |= normalised
+    attention.scale = scale * alpha
+
+
+def _before_product(trace: Trace, product: Operation, side: int) -> tuple[float, bool, bool]:
+    """Returns the plain factor of one side, whether it is learned, and whether it is normalised."""
+    scale, learned = 1.0, False
+    step = trace.producer(product, side)
+    for _ in range(24):
+        if step is None or step.name in (*PRODUCTS, "embedding", "convolution"):
+            break
+        number = _number_beside(step)
+        if step.name in ("mul", "div") and number is not None:
+            scale *= number if step.name == "mul" else 1.0 / number if number else math.nan
+        elif step.name in NORMS:
+            return scale, learned, True
+        elif step.name in ("mul", "div") and any(s < 0 and t.requires_grad for t, s in zip(
+                step.inputs, step.sources, strict=True)):  # fmt: skip
+            # A gain behind a norm, or a temperature: learned either way.
+            learned = True
+            if any(o.name in NORMS for o in trace.ancestors(step, 6)):
+                return scale, learned, True
+        elif step.name == "mul" and any(o.name in NORMS for o in trace.ancestors(step, 5)):
+            return scale, learned, True
+        elif step.name not in SHAPE_ONLY and step.name not in ("mul", "add", "neg", "sub"):
+            break
+        step = trace.producer(step, 0)
+    return scale, learned, False
+
+
+def _fused(trace: Trace, operation: Operation) -> Attention | None:
+    query, key, value = operation.args[:3]
+    if query.ndim != 4 or key.shape[-2] < 2:
+        return None
+    scale = operation.kwargs.get("scale")
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    keep = MOST_SAMPLES
+    query, key = query[:keep].float(), key[:keep].float()
+    if key.shape[1] != query.shape[1]:  # grouped-query attention
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    raw = query @ key.transpose(-2, -1) * scale
+    mask = operation.kwargs.get("attn_mask")
+    causal = bool(operation.args[4]) if len(operation.args) > 4 else False
+    if len(operation.args) > 4 and not isinstance(operation.args[4], bool):
+        causal = False
+    causal |= bool(operation.kwargs.get("is_causal", False))
+    logits = raw
+    if isinstance(mask, Tensor):
+        mask = mask[:keep] if mask.ndim == 4 and mask.shape[0] > 1 else mask
+        logits = raw.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else raw + mask
+    if causal:
+        rows, columns = raw.shape[-2:]
+        hidden = torch.ones(rows, columns, dtype=torch.bool, device=raw.device).triu(1)
+        logits = logits.masked_fill(hidden, -math.inf)
+    weights = logits.softmax(dim=-1)
+    shape = (-1, *weights.shape[-2:])
+    factors = [_before_product(trace, operation, side) for side in (0, 1)]
+    return Attention(
+        operation.index,
+        operation.place,
+        operation,
+        operation,
+        weights.reshape(shape),
+        logits=logits.reshape(shape),
+        raw=raw.reshape(shape),
+        scores=operation,
+        scale=scale * factors[0][0] * factors[1][0],
+        width=query.shape[-1],
+        learned_scale=factors[0][1] or factors[1][1],
+        normalised=factors[0][2] or factors[1][2],
+        hidden=None if mask is None and not causal else (logits <= HIDES).reshape(shape),
+    )
+
+
+def _name(trace: Trace, attention: Attention, parameters: list[Tensor]) -> None:
+    """Notes which parameters made its queries, keys and values."""
+    scores = attention.scores
+
+    def nearest(operation: Operation | None, position: int) -> list[Tensor]:
+        if operation is None or position >= len(operation.sources):
+            return []
+        source = operation.sources[position]
+        if source < 0:
+            tensor = operation.inputs[position]
+            return [tensor] if any(tensor is p for p in parameters) else []
+        return trace.nearest(trace.operations[source], parameters)
+
+    if scores is not None:
+        first = first_factor(scores)
+        attention.query_parameters = nearest(scores, first)
+        attention.key_parameters = nearest(scores, first + 1)
+        attention.parameters = [*attention.query_parameters, *attention.key_parameters]
+    else:
+        attention.parameters = trace.nearest(trace.producer(attention.softmax, 0), parameters)
+    if attention.product is attention.softmax:  # fused
+        attention.value_parameters = nearest(attention.product, 2)
+        return
+    heavy = [
+        i for i, source in enumerate(attention.product.sources)
+        if source < 0 or attention.softmax.index not in {
+            o.index for o in trace.ancestors(trace.operations[source])}
+    ]  # fmt: skip
+    attention.value_parameters = nearest(attention.product, heavy[-1]) if heavy else []

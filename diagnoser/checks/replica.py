@@ -1,0 +1,138 @@
+"""A model run once more, beside the training, without leaving a trace in it (law 1).
+
+The copy shares parameters with the model, which it only reads, and has everything else for itself:
+buffers, counters, caches, lists. It runs without gradients, in eval mode, without the user's hooks;
+what its forward prints is dropped. What a forward changes outside of its own module (a global, a
+file) cannot be held back: such models must not be replayed, and no check can see it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diagnoser.checks.calls import Call, changed, is_plain, tensors_of
+from diagnoser.checks.trace import Trace
+from diagnoser.errors import MeasurementError
+
+
+class Replica:
+    """A copy of the module of a call that can be run on changed inputs.
+
+    Args:
+        call: The call to repeat.
+        shared: Parameters that are not copied, beside the module's own: those of layers that it
+            keeps in a plain list.
+
+    Raises:
+        MeasurementError: The module cannot be copied.
+    """
+
+    def __init__(self, call: Call, shared: Iterable[Tensor] = ()) -> None:
+        self.call = call
+        self.module = _copy(_unwrapped(call.module), shared)
+        self.runs = 0
+        self.given: set[int] = set()  # ids of the tensors that the last run was given
+
+    def run(
+        self,
+        args: tuple[Any, ...] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        trace: Trace | None = None,
+    ) -> list[Tensor]:
+        """Runs the copy and returns the tensors of its output, detached.
+
+        Args:
+            args: Arguments in place of the recorded ones.
+            kwargs: The same of those by name.
+            trace: What notes the operations of this run.
+
+        Raises:
+            MeasurementError: The forward failed; the text says how.
+        """
+        args = self.call.args if args is None else args
+        kwargs = self.call.kwargs if kwargs is None else kwargs
+        self.runs += 1
+        # Cloned: a forward may write into its inputs.
+        args, kwargs = changed(args, _clone), changed(dict(kwargs), _clone)
+        self.given = {id(tensor) for tensor in tensors_of([args, kwargs])}
+        try:
+            with _silently(), torch.no_grad(), _no_fast_path(), torch.random.fork_rng(devices=[]):
+                # Dropout that is on in eval mode draws the same each time: only inputs differ.
+                torch.default_generator.manual_seed(0)
+                with trace or contextlib.nullcontext():
+                    output = self.module(*args, **kwargs)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            raise MeasurementError(
+                f"the model cannot be run on its batch again ({text})"
+            ) from error
+        return [tensor.detach() for tensor in tensors_of(output)]
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while type(module).__name__ in ("DistributedDataParallel", "DataParallel"):
+        module = module.module  # type: ignore[assignment]
+    return module
+
+
+def _copy(module: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
+    memo: dict[int, Any] = {id(p): p for p in (*shared, *module.parameters())}
+    for part in module.modules():
+        for tensor in tensors_of([v for k, v in vars(part).items() if k != "_parameters"]):
+            if tensor.grad_fn is not None:  # torch refuses to copy it
+                memo[id(tensor)] = tensor.detach()
+            elif not is_plain(tensor):
+                raise MeasurementError(f"{type(part).__name__} holds a tensor that is not dense")
+    try:
+        replica = copy.deepcopy(module, memo)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        raise MeasurementError(f"the model cannot be copied ({text})") from error
+    # Layers in a plain list are no modules of their owner, but they are copied with it.
+    copies = {id(m): m for m in (*replica.modules(), *memo.values()) if isinstance(m, nn.Module)}
+    for part in copies.values():
+        part.training = False
+        for name in ("_forward_hooks", "_forward_pre_hooks"):
+            hooks: dict[int, Any] = vars(part).get(name) or {}
+            for key, hook in list(hooks.items()):
+                # Those of torch compute weights (weight_norm); those of the user only look.
+                if not getattr(type(hook), "__module__", "").startswith("torch.") and not getattr(
+                    hook, "__module__", ""
+                ).startswith("torch."):
+                    del hooks[key]
+    return replica
+
+
+@contextlib.contextmanager
+def _silently() -> Iterator[None]:
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """The fused encoder layer of eval mode hides its attention."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -1,0 +1,229 @@
+"""Checks of how a model is put together and how it begins: norms, residuals, units, ties."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import nn
+
+from diagnoser.checks.calls import distinct
+from diagnoser.checks.reading_attention import NORMS, Attention
+from diagnoser.checks.seen import Found, Seen
+from diagnoser.checks.trace import SHAPE_ONLY, Operation
+from diagnoser.errors import MeasurementError
+
+SQUASHING = ("sigmoid", "tanh")
+MOST_ROWS = 512  # of a weight that are compared
+
+
+def _stack(seen: Seen) -> list[tuple[str, Attention]]:
+    """The self-attentions of a model that has several, in order."""
+    own = [(n, a) for n, a in seen.attentions if a.is_self and a.width > 1]
+    if len(own) < 2:
+        raise MeasurementError("fewer than two layers of self-attention")
+    return own
+
+
+def norms(seen: Seen, found: Found) -> None:
+    """Finds attention layers without a norm.
+
+    ``norm_missing``: 1 where nothing is normalised in a model of several layers, or where a layer
+    has fewer norms than others in the same list of layers.
+
+    Source: hust-linyi/CAT-Net#6, DEFault++ (layernorm operators), benchmark operator N1.
+    Cannot see: models of one layer; norms written by hand other than by a root or a norm.
+    Costs: nothing beyond the trace.
+    """
+    stack = _stack(seen)
+    none = not any(operation.name in NORMS for operation in seen.trace.operations)
+    modules = dict(seen.main.module.named_modules(remove_duplicate=False))
+    for name in dict.fromkeys(name for name, _ in stack):
+        found.component("norm_missing", name, none or _fewer_norms(modules, name))
+
+
+def _fewer_norms(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether the layer of a list that a component lies in has fewer norms than its siblings."""
+    parts = name.rpartition(":")[2].split(".")
+    for i, part in enumerate(parts):
+        container = modules.get(".".join(parts[:i]))
+        if part.isdigit() and isinstance(container, nn.ModuleList | nn.Sequential):
+            counts = {key: _count_norms(child) for key, child in container.named_children()}
+            own = counts.pop(part, 0)
+            same = [
+                counts[key] for key, child in container.named_children()
+                if key != part and type(child) is type(container[int(part)])
+            ]  # fmt: skip
+            return bool(same) and own < min(same)
+    return False
+
+
+def _count_norms(module: nn.Module) -> int:
+    return sum("norm" in type(part).__name__.lower() for part in module.modules())
+
+
+def residuals(seen: Seen, found: Found) -> None:
+    """Finds attention layers whose input does not go around them.
+
+    ``residual_missing``: 1 where nothing that an attention was computed from is added to what it
+    gives, before the next attention.
+
+    Source: DEFault++ RRS, benchmark operator N3.
+    Cannot see: models of one layer; other ways around (concatenation counts as one).
+    Costs: nothing beyond the trace.
+    """
+    stack = _stack(seen)
+    bounds = [a.index for _, a in stack[1:]] + [len(seen.trace.operations)]
+    for (name, attention), end in zip(stack, bounds, strict=True):
+        found.component("residual_missing", name, float(not _goes_around(seen, attention, end)))
+
+
+def _goes_around(seen: Seen, attention: Attention, end: int) -> bool:
+    trace = seen.trace
+    before = {o.index for o in trace.ancestors(attention.scores)}
+    queue, known = [attention.product], {attention.product.index}
+    for operation in queue:
+        for consumer in trace.consumers(operation):
+            if consumer.index >= end or consumer.index in known:
+                continue
+            if consumer.name in ("add", "cat", "add_layer_norm") and len(consumer.inputs) > 1:
+                others = [s for s in consumer.sources if s >= 0 and s != operation.index]
+                given = [
+                    t for t, s in zip(consumer.inputs, consumer.sources, strict=True)
+                    if s < 0 and id(t) in seen.given
+                ]  # fmt: skip
+                if given or any(
+                    s in before or _comes_from(seen, s, before, attention) for s in others
+                ):
+                    return True
+            known.add(consumer.index)
+            queue.append(consumer)
+    return False
+
+
+def _comes_from(seen: Seen, source: int, before: set[int], attention: Attention) -> bool:
+    """Whether an operand is a scaled or projected form of what the attention was computed from."""
+    for operation in seen.trace.ancestors(seen.trace.operations[source], 12):
+        if operation.index == attention.product.index:
+            return False
+        if operation.index in before:
+            return True
+    return False
+
+
+def ties(seen: Seen, found: Found) -> None:
+    """Finds weights that two modules share without having to.
+
+    ``tied_elsewhere``: 1 for a component one of whose matrices is also that of another module,
+    embeddings and heads apart.
+
+    Source: benchmark operator Q8, TrainCheck (weight tying).
+    Cannot see: one module that is called twice, which is how sharing is usually written.
+    Costs: a look at each parameter.
+    """
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for path, module in seen.main.module.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.ndim > 1:
+                owners.setdefault(id(parameter), []).append((path, module))
+    tied: dict[str, float] = {}
+    for parameter in seen.parameters.values():
+        places = owners.get(id(parameter), [])
+        layer = seen.layer_of([parameter])
+        if layer is not None and places:
+            modules = [module for _, module in places]
+            plain = len({path for path, _ in places}) > 1 and not any(
+                isinstance(module, nn.Embedding) for module in modules
+            )
+            tied[layer] = max(tied.get(layer, 0.0), float(plain))
+    for layer, value in tied.items():
+        found.component("tied_elsewhere", layer, value)
+
+
+def units(seen: Seen, found: Found) -> None:
+    """Finds units that start alike, and cannot become different.
+
+    ``twin_units``: share of a matrix's rows that equal another of its rows, zeros apart, at the
+    first step.
+
+    Source: DEFault++ FWI, TheDeepChecker (symmetry breaking), benchmark operator F1.
+    Cannot see: units that are alike after a norm, or whose outgoing weights are.
+    Costs: a comparison of at most 512 rows of each matrix, once.
+    """
+    if seen.step > 0 or seen.memory.get("units"):
+        return
+    seen.memory["units"] = True
+    worst: dict[str, float] = {}
+    for parameter in seen.parameters.values():
+        if parameter.ndim < 2 or parameter.shape[0] < 4 or not parameter.is_floating_point():
+            continue
+        rows = parameter.detach().reshape(parameter.shape[0], -1)[:MOST_ROWS]
+        alive = rows[rows.abs().amax(1) > 0]
+        layer = seen.layer_of([parameter])
+        if layer is None or len(alive) < 4:
+            continue
+        value = 1.0 - len(distinct(alive, 0)) / len(alive)
+        worst[layer] = max(worst.get(layer, 0.0), value)
+    for layer, value in worst.items():
+        found.component("twin_units", layer, value)
+
+
+def saddles(seen: Seen, found: Found) -> None:
+    """Finds queries and keys that are both exactly zero: neither gets a gradient, ever.
+
+    ``zero_scores``: 1 where the queries and the keys of an attention are both exactly zero. The
+    gradient of each is proportional to the other; only their cross block of the
+    Hessian is not zero.
+
+    Source: benchmark operator Q2 (DEFault++ QZQ with QZK); the paper's off-diagonal blocks.
+    Cannot see: other bilinear pairs, such as both halves of an adapter.
+    Costs: nothing beyond the trace.
+    """
+    for name, attention in seen.attentions:
+        scores, sides = attention.scores, attention.sides
+        if scores is None or sides is None or attention.width < 2:
+            continue
+        both = [scores.inputs[side] for side in sides]
+        found.component("zero_scores", name, float(all(not bool(t.any()) for t in both)))
+
+
+def saturation(seen: Seen, found: Found) -> None:
+    """Finds squashing functions that are saturated.
+
+    ``saturated_share``: share of the results of sigmoids and tanhs within 5 % of their ends, of the
+    worst function.
+
+    Source: DeepDiagnosis (saturation), TheDeepChecker.
+    Cannot see: gates inside of recurrent cells that are fused.
+    Costs: one comparison for each.
+    """
+    worst = math.nan
+    for operation in seen.trace.named(*SQUASHING):
+        value = _saturated(operation)
+        worst = value if math.isnan(worst) else max(worst, value)
+    if math.isnan(worst):
+        raise MeasurementError("no sigmoid or tanh in the model's forward")
+    found.run("saturated_share", worst)
+
+
+def _saturated(operation: Operation) -> float:
+    result = operation.result.reshape(-1)[:262_144].float()
+    if operation.name == "sigmoid":
+        result = result * 2 - 1
+    return float((result.abs() > 0.95).float().mean())
+
+
+def output_layer(seen: Seen, found: Found) -> None:
+    """Finds what the last operation of the model is.
+
+    ``output_normalised``: 1 where the model ends in a softmax or a sigmoid.
+
+    Source: UMLAUT (missing or superfluous softmax).
+    Cannot see: what happens between the model and the loss.
+    Costs: nothing beyond the trace.
+    """
+    operations = [o for o in seen.trace.operations if o.name not in SHAPE_ONLY]
+    if not operations:
+        raise MeasurementError("the forward computes nothing")
+    last = operations[-1].name
+    found.run("output_normalised", float(last in ("_softmax", "sigmoid", "_log_softmax")))

@@ -1,0 +1,198 @@
+"""The operations of a forward, as torch dispatches them: what computed what, and where.
+
+A dispatch mode sees every operation of every caller, also inside `nn.MultiheadAttention` and other
+composites, under the same few names (``bmm``, ``_softmax``, ``masked_fill``). It is only ever
+active around a replica, never around the user's own forward, whose bits it could change.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from diagnoser.errors import MeasurementError
+from diagnoser.types import Where
+
+MOST_BYTES = 512 * 2**20  # of results that are kept
+
+SHAPE_ONLY = frozenset({
+    "view", "_unsafe_view", "reshape", "expand", "squeeze", "unsqueeze", "transpose", "permute",
+    "t", "clone", "contiguous", "alias", "detach", "_to_copy", "lift_fresh", "select", "slice",
+    "split", "unbind", "_reshape_alias", "chunk", "split_with_sizes", "repeat", "cat", "stack",
+    "index_select", "as_strided", "copy", "unfold", "movedim",
+})  # fmt: skip
+PRODUCTS = frozenset({"bmm", "mm", "mv", "addmm", "baddbmm", "addmv", "dot"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operation:
+    """One operation: tensors in and out, all arguments as they were given, the user's line.
+
+    ``sources`` are the positions of the operations that made the inputs, -1 for what the forward
+    was given (inputs, parameters, buffers).
+    """
+
+    index: int
+    name: str
+    inputs: tuple[Tensor, ...]
+    sources: tuple[int, ...]
+    outputs: tuple[Tensor, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    place: Where | None
+
+    @property
+    def result(self) -> Tensor:
+        """Its first output."""
+        return self.outputs[0]
+
+
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every operation that is dispatched while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[Operation] = []
+        self._made_by: dict[int, int] = {}  # id of a tensor -> operation; outputs are kept alive
+        self._kept: list[Tensor] = []
+        self._bytes = 0
+        self._consumers: dict[int, list[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation and notes it."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func._schema.name.partition("::")[2]
+        inputs = tuple(x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor))
+        outputs = tuple(x for x in tree_iter(result) if isinstance(x, Tensor))
+        if not outputs:
+            return result
+        sources = tuple(self._made_by.get(id(x), -1) for x in inputs)
+        index = len(self.operations)
+        for source in set(sources) - {-1}:
+            self._consumers.setdefault(source, []).append(index)
+        for output in outputs:
+            self._made_by[id(output)] = index
+            if output._base is None:
+                self._bytes += output.numel() * output.element_size()
+        self._kept += [*inputs, *outputs]  # identities are only good while the tensors live
+        place = None if name in SHAPE_ONLY else user_line()
+        self.operations.append(
+            Operation(index, name.removesuffix("_") or name, inputs, sources, outputs, args, kwargs,
+                      place)
+        )  # fmt: skip
+        if self._bytes > MOST_BYTES:
+            raise MeasurementError("the forward is too large to be traced")
+        return result
+
+    def consumers(self, operation: Operation) -> list[Operation]:
+        """Returns what takes an operation's result."""
+        return [self.operations[i] for i in self._consumers.get(operation.index, [])]
+
+    def producer(self, operation: Operation, position: int) -> Operation | None:
+        """Returns what made an input; None for what the forward was given."""
+        source = operation.sources[position]
+        return self.operations[source] if source >= 0 else None
+
+    def named(self, *names: str) -> Iterator[Operation]:
+        """Yields the operations of some names, in order."""
+        return (operation for operation in self.operations if operation.name in names)
+
+    def ancestors(self, start: Operation | None, most: int = 100_000) -> Iterator[Operation]:
+        """Yields an operation and all that it depends on, nearest first."""
+        if start is None:
+            return
+        queue, seen = [start.index], {start.index}
+        for index in queue:  # grows while it is read
+            operation = self.operations[index]
+            yield operation
+            if len(queue) > most:
+                return
+            for source in operation.sources:
+                if source >= 0 and source not in seen:
+                    seen.add(source)
+                    queue.append(source)
+
+    def leaves(self, start: Operation | None) -> set[int]:
+        """Returns the ids of all given tensors that an operation depends on."""
+        return {
+            id(tensor)
+            for operation in self.ancestors(start)
+            for tensor, source in zip(operation.inputs, operation.sources, strict=True)
+            if source < 0
+        }
+
+    def nearest(self, start: Operation | None, wanted: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the first of some given tensors that an operation depends on.
+
+        The search ends along each path where one is found.
+        """
+        ids = {id(tensor): tensor for tensor in wanted}
+        found: dict[int, Tensor] = {}
+        if start is None:
+            return []
+        queue, seen = [start.index], {start.index}
+        for index in queue:
+            operation = self.operations[index]
+            own = [id(x) for x, source in zip(operation.inputs, operation.sources, strict=True)
+                   if source < 0 and id(x) in ids]  # fmt: skip
+            through = [s for s in operation.sources if s >= 0]
+            direct = [key for s in through for key in self._through_shapes(s) if key in ids]
+            if own or direct:
+                found |= {key: ids[key] for key in (*own, *direct)}
+                if operation.name not in ("add", "mul"):  # a bias; its matrix comes next
+                    continue
+            for source in through:
+                if source not in seen:
+                    seen.add(source)
+                    queue.append(source)
+        return list(found.values())
+
+    def _through_shapes(self, index: int) -> list[int]:
+        """Returns the given tensor that an operation only reshapes, if it does."""
+        for _ in range(8):
+            operation = self.operations[index]
+            if operation.name not in SHAPE_ONLY or not operation.sources:
+                return []
+            if operation.sources[0] < 0:
+                return [id(operation.inputs[0])]
+            index = operation.sources[0]
+        return []
+
+
+_OURS = ("torch", "diagnoser", "contextlib", "functools", "runpy", "importlib")
+_REPLAY = "diagnoser.checks.replica"
+
+
+def user_line() -> Where | None:
+    """The innermost running line that is neither torch's, nor ours, nor an installed library's.
+
+    Inside a replica only its own forward is looked at: None where no line of the user's is in it.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name == _REPLAY:
+            return None
+        file = frame.f_code.co_filename
+        if name.split(".")[0] not in _OURS and "site-packages" not in file:
+            return Where(file, frame.f_lineno)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def scalar_of(value: Any) -> float | None:
+    """Returns a number, also from a tensor of one element that is no parameter; else None."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return float(value)
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.requires_grad:
+        return float(value)
+    return None

@@ -1,0 +1,160 @@
+"""Records what a step calls, on the steps that are checked and at a few evaluations.
+
+While it is on, ``nn.Module.__call__`` and the loss functions of `torch.nn.functional` are replaced
+by wrappers that note their arguments and pass on. It is off on all other steps, and goes off for
+good before anything is compiled: a compiler would take the wrappers into its graphs.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - as everybody calls it
+from torch import Tensor, nn
+
+from diagnoser.checks import Call, Calls, LossCall, scored_in_training, user_line
+from diagnoser.types import Where
+
+LOSSES = (
+    "cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div",
+    "binary_cross_entropy", "binary_cross_entropy_with_logits", "cosine_embedding_loss",
+)  # fmt: skip
+MOST_CALLS = 64  # of one step
+MOST_EVALUATIONS = 8  # of a run that are looked at
+NO_EVALUATION = ("torch.nn.utils", "torch.optim", "diagnoser")  # where gradients are off, too
+COMPILED = "a compiled model: its calls are not seen"
+
+
+class CallRecorder:
+    """Keeps the outermost calls of the running step while it is on.
+
+    Attributes:
+        evaluations: Of those looked at, whether it ran in train mode, and its place.
+        ended: Why nothing more is recorded; None while it may be.
+        paused: Whether the monitor itself is at work, whose calls are no evaluations.
+    """
+
+    def __init__(self) -> None:
+        self.evaluations: list[tuple[bool, Where | None]] = []
+        self.ended: str | None = None
+        self._thread = threading.get_ident()
+        self._calls = Calls()
+        self._depth = 0
+        self._undo: list[Callable[[], None]] = []
+        self._evaluating = False
+        self.paused = False
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the calls of a step are being recorded."""
+        return bool(self._undo) and not self._evaluating
+
+    def start(self) -> None:
+        """Begins to record the calls of a step."""
+        self.leave_no_grad()
+        self._calls, self._depth = Calls(reason=self.ended), 0
+        if self.ended is None and not self._undo:
+            self._install(self._note)
+            for name in LOSSES:
+                self._replace(F, name, self._loss_function(name, getattr(F, name)))
+
+    def take(self) -> Calls:
+        """Ends recording, and returns what was called."""
+        self.stop()
+        calls, self._calls = self._calls, Calls(reason=self.ended)
+        return calls
+
+    def stop(self) -> None:
+        """Ends recording, until it is started again."""
+        while self._undo:
+            self._undo.pop()()
+
+    def end(self, reason: str) -> None:
+        """Ends recording for good."""
+        self.stop()
+        self.ended = self.ended or reason
+        self._calls = Calls(reason=self.ended)
+
+    def enter_no_grad(self) -> None:
+        """Looks at the first model that is called from here on without gradients."""
+        if self._undo or self.paused or self.ended is not None:
+            return
+        if len(self.evaluations) >= MOST_EVALUATIONS or threading.get_ident() != self._thread:
+            return
+        if sys._getframe(2).f_globals.get("__name__", "").startswith(NO_EVALUATION):
+            return
+        self._depth, self._evaluating = 0, True
+        self._install(self._note_evaluation)
+
+    def leave_no_grad(self) -> None:
+        """Ends what `enter_no_grad` began."""
+        if self._evaluating:
+            self._evaluating = False
+            self.stop()
+
+    # -- wrappers ---------------------------------------------------------------------------------
+
+    def _install(self, note: Callable[..., None]) -> None:
+        original = nn.Module.__call__
+        recorder, thread = self, self._thread
+
+        @functools.wraps(original)
+        def call(module: Any, /, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return original(module, *args, **kwargs)
+            recorder._depth += 1
+            try:
+                output = original(module, *args, **kwargs)
+            finally:
+                recorder._depth -= 1
+            if recorder._depth == 0:
+                note(module, args, kwargs, output)
+            return output
+
+        self._replace(nn.Module, "__call__", call)
+
+    def _note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if len(self._calls.modules) < MOST_CALLS and torch._C._get_tracing_state() is None:
+            self._calls.modules.append(
+                Call(module, args, kwargs, output, module.training, torch.is_grad_enabled(),
+                     user_line())
+            )  # fmt: skip
+
+    def _note_evaluation(self, module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
+        if torch.is_grad_enabled():
+            return
+        place = user_line()
+        said = scored_in_training(Call(module, args, kwargs, None, module.training, False, place))
+        if said is not None:
+            self.evaluations.append((said, place))
+            self.leave_no_grad()
+
+    def _loss_function(self, name: str, original: Any) -> Any:
+        @functools.wraps(original)
+        def loss(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            both = [*args, *(kwargs.get(k) for k in ("input", "target") if k in kwargs)][:2]
+            if len(both) == 2 and all(isinstance(x, Tensor) for x in both):  # noqa: PLR2004
+                options = {k: v for k, v in kwargs.items() if k not in ("input", "target")}
+                scores, target = both
+                self._calls.losses.append(
+                    LossCall(name, scores, target, options, output, user_line())
+                )
+            return output
+
+        return loss
+
+    def _replace(self, owner: Any, name: str, new: Any) -> None:
+        original = vars(owner)[name]
+        setattr(owner, name, new)
+
+        def undo() -> None:
+            if vars(owner).get(name) is new:
+                setattr(owner, name, original)
+
+        self._undo.append(undo)

@@ -1,0 +1,575 @@
+"""Program checks: each sees its own mistake, and nothing where there is none or it cannot know."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from check_models import (
+    CLASSES,
+    LENGTH,
+    PADDING,
+    VOCABULARY,
+    WIDTH,
+    Attention,
+    Classifier,
+    batch,
+    checked,
+    numbers,
+)
+from torch import nn
+
+from diagnoser.checks import CHECKS, OFTEN, Call, Calls, Seen, examine
+from diagnoser.checks.replica import Replica
+from diagnoser.errors import MeasurementError
+from diagnoser.features.program import PROGRAM
+from diagnoser.monitor.subject import Subject
+
+
+def classified(mistake, seed=0):
+    torch.manual_seed(seed)
+    tokens, target = batch()
+    return checked(Classifier(mistake), tokens, target=target)
+
+
+# quantity, mistake, what it is with the mistake, what it is without
+SEEN = [
+    ("attention_other_axis", "axis", 1.0, 0.0),
+    ("attention_other_axis", "heads axis", 1.0, 0.0),
+    ("attention_other_axis", "batch", 1.0, 0.0),
+    ("attention_after_softmax", "after", 1.0, 0.0),
+    ("attention_mask_after", "mask after", 1.0, 0.0),
+    ("attention_scale", "unscaled", 2.0, 1.0),
+    ("attention_scale", "model", 0.5, 1.0),
+    ("attention_scale", "twice", 0.5, 1.0),
+    ("content_weight", "inverted", 0.0, 1.0),
+    ("padded_query_hidden", "queries", 1.0, 0.0),
+    ("masked_rows", "everything", 1.0, 0.0),
+    ("same_query_key", "shared", 1.0, 0.0),
+    ("scrambled_heads", "scrambled", 1.0, 0.0),
+    ("zero_scores", "zero", 1.0, 0.0),
+    ("half_scores", "half", 1.0, 0.0),
+    ("norm_missing", "no norm", 1.0, 0.0),
+    ("residual_missing", "no residual", 1.0, 0.0),
+    ("tied_elsewhere", "tied", 1.0, 0.0),
+    ("needless_causal", "causal", 1.0, 0.0),
+]
+
+
+@pytest.mark.parametrize(("quantity", "mistake", "wrong", "right"), SEEN)
+def test_a_check_sees_its_own_mistake(quantity, mistake, wrong, right):
+    found, twin = classified(mistake), classified("")
+    assert max(numbers(found, quantity), key=lambda x: abs(x - right)) == pytest.approx(wrong)
+    assert numbers(twin, quantity) == pytest.approx([right] * len(numbers(twin, quantity)))
+    assert numbers(twin, quantity)
+
+
+def test_attention_to_padding_is_measured_against_an_even_one():
+    assert min(numbers(classified("unmasked"), "padding_weight")) > 0.7
+    assert numbers(classified(""), "padding_weight") == pytest.approx([0.0, 0.0])
+
+
+def test_a_mask_that_scores_have_outgrown_leaks():
+    assert max(numbers(classified("weak mask"), "mask_leak")) > 0.01
+    assert min(numbers(classified("weak mask"), "mask_margin")) < 2
+    assert max(numbers(classified(""), "mask_leak")) == 0.0
+    assert min(numbers(classified(""), "mask_margin")) > 1e6
+
+
+def test_heads_that_are_the_same_are_told_from_those_that_are_not():
+    assert max(numbers(classified("heads"), "head_similarity")) == pytest.approx(1.0, abs=1e-6)
+    assert max(numbers(classified(""), "head_similarity")) < 0.99
+
+
+def test_units_that_start_alike_are_counted_once():
+    assert max(numbers(classified("alike"), "twin_units")) == pytest.approx(15 / 16)
+    assert max(numbers(classified(""), "twin_units")) == 0.0
+    torch.manual_seed(0)
+    tokens, target = batch()
+    later = checked(Classifier("alike"), tokens, target=target, step=20)
+    assert "twin_units" in later.unknown
+
+
+def test_a_scale_that_is_learned_is_nobodys_mistake():
+    assert numbers(classified("learned"), "attention_scale") == []
+
+
+# -- probes ----------------------------------------------------------------------------------------
+
+
+def test_samples_that_depend_on_each_other_leak():
+    assert numbers(classified("batch mean"), "sample_leak")[0] > 0.01
+    assert numbers(classified("batch"), "sample_leak")[0] > 0.001
+    assert numbers(classified(""), "sample_leak") == [0.0]
+
+
+def test_positions_that_cannot_be_told_apart_have_no_share():
+    assert numbers(classified("no positions"), "position_share") == [0.0]
+    assert numbers(classified(""), "position_share")[0] > 0.3
+
+
+def test_what_padding_holds_has_no_influence_behind_a_mask():
+    assert numbers(classified("pooled padding"), "padding_influence")[0] > 0.05
+    assert numbers(classified("unmasked"), "padding_influence")[0] > 0.05
+    assert numbers(classified(""), "padding_influence") == [0.0]
+
+
+def test_a_model_that_gives_one_answer_has_no_influence_of_its_input():
+    tokens, target = batch()
+    model = Classifier("")
+    nn.init.zeros_(model.head.weight)
+    assert numbers(checked(model, tokens, target=target), "input_influence") == pytest.approx([0])
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, causal):
+        super().__init__()
+        self.causal = causal
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        layer = nn.TransformerEncoderLayer(WIDTH, 4, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, tokens):
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        x = self.encoder(self.embedding(tokens), mask=mask if self.causal else None)
+        return self.head(x)
+
+
+def language(causal, shift=True):
+    torch.manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (8, LENGTH))
+    model = LanguageModel(causal)
+    scores = model(tokens)
+    if shift:
+        loss = F.cross_entropy(scores[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    else:
+        loss = F.cross_entropy(scores.flatten(0, 1), tokens.flatten())
+    return checked(model, tokens, loss=loss, output=scores)
+
+
+def test_the_future_is_hidden_from_a_model_of_the_next_input():
+    leaks, hides = language(causal=False), language(causal=True)
+    assert min(numbers(leaks, "future_weight")) > 0.2
+    assert numbers(leaks, "future_influence")[0] > 0.1
+    assert numbers(hides, "future_weight") == [0.0, 0.0]
+    assert numbers(hides, "future_influence") == [0.0]
+    assert numbers(hides, "needless_causal") == []
+
+
+def test_labels_that_were_not_shifted_are_in_the_input():
+    assert numbers(language(causal=True, shift=False), "labels_in_input") == [1.0]
+    assert numbers(language(causal=True), "labels_in_input") == []
+
+
+def test_other_inputs_than_the_models_own_are_told_for_keys_and_values():
+    class Cross(nn.Module):
+        def __init__(self, wrong):
+            super().__init__()
+            self.wrong = wrong
+            self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+
+        def forward(self, x, memory):
+            key = x if self.wrong else memory
+            return self.attention(x, key, memory, need_weights=False)[0]
+
+    for wrong in (True, False):
+        torch.manual_seed(0)
+        model, x, memory = Cross(wrong), torch.randn(4, 5, WIDTH), torch.randn(4, 5, WIDTH)
+        output = model(x, memory)
+        found = checked(model, x, memory, loss=output.square().mean(), output=output)
+        assert numbers(found, "key_value_apart") == [float(wrong)]
+
+
+# -- loss, data, modes, optimizers ----------------------------------------------------------------
+
+
+def regression(target, prediction=None, model=None):
+    torch.manual_seed(0)
+    model = model or nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    x = torch.randn(16, 4)
+    output = model(x)
+    target = target(output) if callable(target) else target
+    return checked(model, x, loss=F.mse_loss(output, target), output=output)
+
+
+def test_targets_of_a_regression_have_a_scale_and_no_gradient():
+    assert numbers(regression(torch.randn(16, 1) * 300), "target_scale")[0] > 100
+    assert numbers(regression(torch.ones(16, 1)), "target_constant") == [1.0]
+    assert numbers(regression(torch.randn(16, 1)), "target_constant") == [0.0]
+    assert numbers(regression(torch.randn(16, 1)), "target_gradient") == [0.0]
+    assert numbers(regression(lambda output: output.flip(0) + 1), "target_gradient") == [1.0]
+    assert numbers(regression(lambda o: o.flip(0).detach() + 1), "target_gradient") == [0.0]
+
+
+def test_a_reconstruction_with_its_arguments_swapped_has_no_target_to_detach():
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 4), torch.randn(16, 4)
+    output = model(x)
+    found = checked(model, x, loss=F.mse_loss(x, output), output=output)
+    assert numbers(found, "target_gradient") == [0.0]
+
+
+def test_scores_are_no_log_probabilities():
+    torch.manual_seed(0)
+    model, x, target = nn.Linear(4, CLASSES), torch.randn(16, 4), torch.randint(CLASSES, (16,))
+    for wrong, scores in ((True, model(x)), (False, model(x).log_softmax(-1))):
+        found = checked(model, x, loss=F.nll_loss(scores, target), output=scores)
+        assert (numbers(found, "not_log_probabilities")[0] > 0.9) is wrong
+
+
+def test_padding_that_counts_in_a_loss_is_seen():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+            self.head = nn.Linear(WIDTH, VOCABULARY)
+
+        def forward(self, tokens):
+            return self.head(self.embedding(tokens))
+
+    tokens, _ = batch()
+    tags = torch.where(tokens == PADDING, PADDING, (tokens + 1) % VOCABULARY)
+    for ignored, wrong in ((-100, True), (PADDING, False)):
+        model = Tagger()
+        scores = model(tokens)
+        loss = F.cross_entropy(scores.flatten(0, 1), tags.flatten(), ignore_index=ignored)
+        (share,) = numbers(checked(model, tokens, loss=loss, output=scores), "padded_target_share")
+        assert (share > 0.2) is wrong
+
+
+def test_inputs_out_of_scale_not_finite_and_all_the_same():
+    torch.manual_seed(0)
+    model = nn.Linear(4, CLASSES)
+    x, target = torch.randn(16, 4), torch.randint(CLASSES, (16,))
+    assert numbers(checked(model, x * 1e4, target=target), "input_largest")[0] > 1e4
+    x[0, 0] = torch.nan
+    assert numbers(checked(model, x, target=target), "input_non_finite") == [1 / 64]
+    same = torch.ones(16, 4)
+    assert numbers(checked(model, same, target=target), "same_samples") == [1.0]
+
+
+def test_a_model_trained_in_eval_mode_is_told_from_frozen_norms():
+    def mode(set_mode):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+        set_mode(model)
+        return numbers(checked(model, torch.randn(8, 4), target=torch.arange(8) % 3), quantity)
+
+    quantity = "trained_in_eval"
+    assert mode(lambda m: m.train()) == [0.0]
+    assert mode(lambda m: m.eval()) == [1.0]
+    assert mode(lambda m: m[1].eval()) == [0.0]
+    quantity = "batch_norm_momentum"
+    assert mode(lambda m: setattr(m[1], "momentum", 1.0)) == [1.0]
+
+
+def test_parameters_in_two_places_and_decay_that_outruns_the_step():
+    torch.manual_seed(0)
+    model, x, target = nn.Linear(4, 3), torch.randn(8, 4), torch.arange(8) % 3
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=10.0)
+    found = checked(model, x, target=target, optimizer=optimizer)
+    assert numbers(found, "times_optimized") == [1.0]
+    assert numbers(found, "decay_to_step")[0] > 1.0
+    assert numbers(found, "decayed_vectors") == [1.0]
+    usual = checked(model, x, target=target)
+    assert numbers(usual, "decay_to_step")[0] < 0.01
+    assert numbers(usual, "decayed_vectors") == [0.0]
+
+
+# -- what does not apply says so -------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Output:
+    scores: torch.Tensor
+    extra: object = None
+
+
+class Odd(nn.Module):
+    """Returns what it is told to."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.layer = nn.Linear(4, CLASSES)
+        self.wrap = wrap
+
+    def forward(self, x):
+        return self.wrap(self.layer(x))
+
+
+WRAPS = [
+    lambda y: (y, None),
+    lambda y: {"scores": y, "name": "x"},
+    Output,
+    lambda y: [y, {"more": (y,)}],
+    lambda y: Output(y, {"deep": [y]}),
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_any_output_is_looked_into(wrap):
+    model, x = Odd(wrap), torch.randn(8, 4)
+    scores = model.layer(x)
+    loss = F.cross_entropy(scores, torch.arange(8) % CLASSES)
+    found = checked(model, x, loss=loss, output=model(x))
+    assert numbers(found, "sample_leak") == [0.0]
+
+
+def test_every_quantity_is_measured_or_has_a_reason_in_one_line():
+    torch.manual_seed(0)
+    models = [
+        (nn.Linear(4, CLASSES), (torch.randn(8, 4),)),
+        (nn.Embedding(9, CLASSES), (torch.arange(8),)),
+        (Classifier(""), (batch()[0],)),
+    ]
+    for model, inputs in models:
+        output = model(*inputs)
+        target = torch.arange(len(output)) % CLASSES
+        found = checked(model, *inputs, target=target)
+        given = {row.quantity for row in found.rows}
+        for check in CHECKS.values():
+            for quantity in check.quantities:
+                assert (quantity in given) != (quantity in found.unknown), quantity
+        for reason in found.unknown.values():
+            assert reason
+            assert "\n" not in reason
+            assert "failed" not in reason
+
+
+def test_nested_tensors_losses_of_ones_own_and_no_module_at_all_end_in_reasons():
+    weight = nn.Parameter(torch.randn(4, 3))
+    loss = (torch.randn(8, 4) @ weight).square().mean()
+    subject = Subject({}, {"weight": weight})
+    found = examine(
+        Seen(
+            0, Calls(), loss, subject.parameters, subject.layer_of, [torch.optim.SGD([weight])], {}
+        )
+    )
+    assert "no call of a module that is trained was seen" in found.unknown.values()
+    assert {row.quantity for row in found.rows} <= {
+        "times_optimized",
+        "decay_to_step",
+        "twin_units",
+    }
+
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.layer(x.to_padded_tensor(0.0))
+
+    model = Nested()
+    x = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)], layout=torch.jagged)
+    output = model(x)
+    found = checked(model, x, loss=output.square().mean(), output=output)
+    assert not any("failed" in reason for reason in found.unknown.values())
+
+
+def test_a_check_that_fails_is_a_reason_and_the_others_go_on(monkeypatch):
+    def broken(seen, found):
+        raise ZeroDivisionError("oh")
+
+    names = iter(CHECKS)
+    first = next(names)
+    changed = {**CHECKS, first: dataclasses.replace(CHECKS[first], run=broken)}
+    monkeypatch.setattr("diagnoser.checks.CHECKS", changed)
+    found = classified("")
+    assert "ZeroDivisionError" in found.unknown[CHECKS[first].quantities[0]]
+    assert numbers(found, "sample_leak") == [0.0]
+
+
+# -- the table -------------------------------------------------------------------------------------
+
+
+def test_the_table_of_checks_and_the_catalogue_of_features_agree():
+    measured = [q for check in (*CHECKS.values(), *OFTEN.values()) for q in check.quantities]
+    elsewhere = {"clip_ratio", "clipped_share", "clipped_scaled", "scheduler_first"}
+    elsewhere |= {"scored_in_training"}
+    assert len(measured) == len(set(measured))
+    assert {quantity.name for quantity in PROGRAM} == set(measured) | elsewhere
+
+
+@pytest.mark.parametrize("check", [*CHECKS.values(), *OFTEN.values()])
+def test_every_check_says_what_it_finds_its_source_what_it_cannot_see_and_what_it_costs(check):
+    text = check.run.__doc__
+    for part in ("Finds ", "Source: ", "Cannot see: ", "Costs: "):
+        assert part in text
+    for quantity in check.quantities:
+        assert f"``{quantity}``" in text
+
+
+# -- replicas leave no trace -----------------------------------------------------------------------
+
+
+class Stateful(nn.Module):
+    """Keeps, counts, draws and prints in its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.kept, self.count = [], 0
+        self.register_buffer("total", torch.zeros(4))
+
+    def forward(self, x):
+        y = self.norm(self.layer(x)) + torch.randn(4)
+        self.kept.append(y)
+        self.last, self.count = y, self.count + 1
+        self.total += y.detach().sum(0)
+        x.mul_(2.0)
+        print("forward")
+        return y
+
+
+def test_a_replica_changes_nothing_and_prints_nothing(capsys):
+    torch.manual_seed(0)
+    model, x = Stateful(), torch.randn(8, 4)
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    output = model(x)
+    capsys.readouterr()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state, numpy_state, plain = (
+        torch.get_rng_state(),
+        np.random.get_state()[1].copy(),
+        random.getstate(),
+    )
+    given, count, kept, last = x.clone(), model.count, list(model.kept), model.last
+    replica = Replica(Call(model, (x,), {}, output, True, True, None))
+    first, second = replica.run(), replica.run()
+    assert torch.equal(first[0], second[0])  # the same random numbers each time
+    assert capsys.readouterr() == ("", "")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert (numpy_state == np.random.get_state()[1]).all()
+    assert plain == random.getstate()
+    assert torch.equal(given, x)
+    assert (model.count, model.kept, model.last is last, seen) == (count, kept, True, [1])
+    assert model.training
+    assert model.norm.training
+    assert replica.module.layer.weight is model.layer.weight
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_model_that_cannot_be_copied_or_run_again_says_why():
+    class Locked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.rows = nn.Linear(2, 2), (i for i in range(3))
+
+        def forward(self, x):
+            return self.layer(x)
+
+    model, x = Locked(), torch.ones(2, 2)
+    with pytest.raises(MeasurementError, match="the model cannot be copied"):
+        Replica(Call(model, (x,), {}, model(x), True, True, None))
+    fine = nn.Linear(2, 2)
+    replica = Replica(Call(fine, (x,), {}, fine(x), True, True, None))
+    with pytest.raises(MeasurementError, match="cannot be run on its batch again"):
+        replica.run((torch.ones(2, 3),), {})
+
+
+def test_layers_in_a_plain_list_are_run_in_eval_mode_and_keep_their_parameters():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.Linear(4, 4), nn.Dropout(0.5)]
+            self.head = nn.Linear(4, CLASSES)
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x)
+
+    model, x = Listed(), torch.ones(4, 4)
+    replica = Replica(
+        Call(model, (x,), {}, model(x), True, True, None), model.layers[0].parameters()
+    )
+    assert torch.equal(replica.run()[0], model.head(model.layers[0](x)))
+    assert model.layers[1].training
+    assert replica.module.layers[0].weight is model.layers[0].weight
+
+
+# -- other ways to write an attention --------------------------------------------------------------
+
+
+class Written(nn.Module):
+    """One attention, written in one of many ways, all right."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.attention = Attention()
+        self.fused = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+        self.context = nn.Linear(WIDTH, 1, bias=False)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, tokens):  # noqa: PLR0912 - one branch a way
+        padded, x, a = tokens == PADDING, self.embedding(tokens), self.attention
+        query, key, value = a.split(a.query(x)), a.split(a.key(x)), a.split(a.value(x))
+        hidden = padded[:, None, None, :]
+        match self.how:
+            case "einsum":
+                scores = torch.einsum("bhtd,bhsd->bhts", query, key) * 0.5
+                weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+                mixed = torch.einsum("bhts,bhsd->bhtd", weights, value)
+            case "added":
+                scores = (query / 2) @ key.mT + hidden * -1e9
+                mixed = scores.softmax(-1) @ value
+            case "exponential":
+                scores = (query @ key.mT / 2).masked_fill(hidden, -torch.inf)
+                weights = (scores - scores.amax(-1, keepdim=True)).exp()
+                mixed = (weights / weights.sum(-1, keepdim=True)) @ value
+            case "where":
+                scores = torch.where(hidden, -torch.inf, query @ key.mT / 2)
+                mixed = scores.softmax(-1) @ value
+            case "sdpa":
+                mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=~hidden)
+            case "module":
+                mixed = self.fused(x, x, x, key_padding_mask=padded)[0]
+            case "module without weights":
+                mixed = self.fused(x, x, x, key_padding_mask=padded, need_weights=False)[0]
+            case "additive":
+                scores = self.context(torch.tanh(a.query(x))).masked_fill(
+                    padded.unsqueeze(-1), -torch.inf
+                )
+                mixed = (scores.softmax(1) * x).sum(1, keepdim=True)
+            case "additive product":
+                scores = self.context(torch.tanh(a.query(x))).squeeze(-1)
+                mixed = scores.masked_fill(padded, -torch.inf).softmax(-1).unsqueeze(1) @ x
+        if mixed.ndim == 4:
+            mixed = mixed.transpose(1, 2).flatten(2)
+        return self.head(mixed[:, 0])
+
+
+WAYS = [
+    "einsum", "added", "exponential", "where", "sdpa", "module", "module without weights",
+    "additive", "additive product",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_an_attention_is_read_however_it_is_written(how):
+    torch.manual_seed(0)
+    tokens, target = batch()
+    found = checked(Written(how), tokens, target=target)
+    assert numbers(found, "attention_sum_error") == pytest.approx([0.0], abs=1e-5)
+    assert numbers(found, "attention_other_axis") == [0.0]
+    assert numbers(found, "padding_weight") == pytest.approx([0.0], abs=1e-6)
+    assert numbers(found, "content_weight") == pytest.approx([1.0])
+    if not how.startswith("additive"):
+        assert numbers(found, "attention_scale") == pytest.approx([1.0])
+        assert numbers(found, "masked_rows") == [0.0]
+
+
+def test_a_softmax_that_weights_nothing_is_no_attention():
+    model, x = nn.Sequential(nn.Linear(4, CLASSES), nn.Softmax(-1)), torch.randn(8, 4)
+    found = checked(model, x, target=torch.arange(8) % CLASSES)
+    assert found.unknown["attention_sum_error"] == "no attention in the model's forward"
