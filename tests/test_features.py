@@ -172,6 +172,48 @@ KNOWN = {
     "accuracy_swings": case(
         CLOCK, {"model": [9 / 20] * 4}, losses=[1.0] * 200, accuracies=epochs(SWINGING)
     ),
+    # the run, as published checks see it
+    "epochs_seen": case(CLOCK, {"model": [NAN, 3, 5.5, 8]}, losses=[1.0] * 40),
+    "evaluation_epoch": case(
+        {"evaluation_accuracy": {"model": [0.1, None, 0.2]}},
+        {"model": [0.5, NAN, 5.5]},
+        losses=[1.0] * 40,
+    ),
+    "learning_rate_highest": case(
+        {"learning_rate": {"embed": [None, 0.1], "head": [None, 0.3]}}, {"model": [NAN, 0.3]}
+    ),
+    "learning_rate_lowest": case(
+        {"learning_rate": {"embed": [None, 0.1], "head": [None, 0.3]}}, {"model": [NAN, 0.1]}
+    ),
+    "input_largest": handed_on("input_largest", "model", [0.5, 255.0]),
+    "dropout_largest": handed_on("dropout_largest", "model", [0.1, 0.8]),
+    "output_normalised": handed_on("output_normalised", "model", [0.0, 1.0]),
+    "loss_from_logits": case(
+        {
+            "probabilities_into_loss": {"model": [None, 0.0, 1.0]},
+            "classes": {"model": [None, None, 4.0]},
+        },
+        {"model": [NAN, 0, 1]},
+    ),
+    "evaluation_accuracy": handed_on("evaluation_accuracy", "model", [0.5, 0.9]),
+    "loss_unchanged": case(  # the same five times, but not from the fifth step on, until step 14
+        CLOCK, {"model": [NAN, 0, 0, 1]}, losses=[2.0, 2, 2, 2, 1, 1, 1, 1, 1, 2, *[3] * 6]
+    ),
+    "accuracy_unchanged": case(  # of the steps at which it is known
+        CLOCK,
+        {"model": [NAN, 0, 1, 1]},
+        losses=[1.0] * 16,
+        accuracies=[0.5, 0.5, 0.5, 0.5, 0.25, NAN, *[0.75] * 10],
+    ),
+    "loss_unchanged_epochs": case(
+        CLOCK, {"model": [1] * 4}, losses=[*range(10), *[0.1] * 10, *range(20)]
+    ),
+    "accuracy_unchanged_epochs": case(
+        CLOCK, {"model": [1] * 4}, losses=[1.0] * 50, accuracies=[0.1] * 50
+    ),
+    "accuracy_worst": case(
+        CLOCK, {"model": [0.5] * 4}, losses=[1.0] * 200, accuracies=epochs(SWINGING)
+    ),
     # components: what the program does with them
     "trainable": handed_on("trainable", "embed", [1.0, 0.0]),
     "optimized": handed_on("optimized", "head", [0.0, 1.0]),
@@ -242,6 +284,42 @@ KNOWN = {
         {"a.query": [0.5, 0.5], "b.query": [1, 1], "head": [4, 4]},
     ),
     "moment_ratio": handed_on("moment_ratio", "head", [1.0, 2.5]),
+    # components, as published checks see them
+    "gradient_rms": case(
+        {"gradient_norm": {"a.query": [math.sqrt(20)], "head": [2 * math.sqrt(10)]}},
+        {"a.query": [1], "head": [2]},
+    ),
+    "weight_zero": case({"weight_norm": {"head": [0, 0.1, None]}}, {"head": [1, 0, NAN]}),
+    "weight_zero_times": case(
+        {"weight_norm": {"head": [0, 0.1, None, 0, 1]}}, {"head": [1, 1 / 2, NAN, 2 / 3, 1 / 2]}
+    ),
+    "gradient_zero_times": case(
+        {"zero_share": {"head": [0.9, 1, None, 1]}}, {"head": [0, 1 / 2, NAN, 2 / 3]}
+    ),
+    "input_zero_times": case(
+        {"input_zero_share": {"head": [0.9, 1, None, 1]}}, {"head": [0, 1 / 2, NAN, 2 / 3]}
+    ),
+    "weight_unchanged": case(
+        {"weight_norm": {"head": [2, 2, 2, 2, 1, 3, None, 3, 3, 3, 3], "embed": [1, 1, 1, 1]}},
+        {"head": [NAN] * 4 + [0] * 6 + [1]},
+    ),
+    "gradient_unchanged": case(
+        {"gradient_norm": {"head": [2, 2, 2, 2, 1, 3, None, 3, 3, 3, 3]}},
+        {"head": [NAN] * 4 + [0] * 6 + [1]},
+    ),
+    "weight_unchanged_epochs": case(  # epochs of ten steps, of which the last measurement counts
+        {"weight_norm": {"head": [1, 2] * 5, "embed": [2, 1] * 4 + [1, 2], "a.query": [1] * 8}},
+        {"head": [1] * 10, "embed": [0] * 10},
+        losses=[1.0] * 200,
+    ),
+    "gradient_unchanged_epochs": case(
+        {"gradient_norm": {"head": [1] * 4, "embed": [3, 3, None, 3, 3, 3], "a.query": [1] * 4}},
+        {"embed": [1] * 6},
+    ),
+    "input_zero_share_at_end": case(
+        {"input_zero_share": {"head": [0.9, 0.1, 0.8, None]}}, {"head": [0.8] * 4}
+    ),
+    "saturated_share": handed_on("saturated_share", "head", [0.1, 0.6]),
     # components: curvature
     "step_sharpness": handed_on("step_sharpness", "head", [-0.5, 1.5]),
     "curvature_part": case(
@@ -319,6 +397,11 @@ def test_a_known_series_gives_the_known_answer_and_nothing_elsewhere(feature: st
 def test_every_feature_is_about_what_it_says_it_needs() -> None:
     for feature, (series, _, _) in KNOWN.items():
         assert set(CATALOGUE[feature].quantities) <= series.keys(), feature
+
+
+# Of quantities that the checks of others need and that the log does not hold yet.
+AWAITED = {"dropout_largest", "evaluation_accuracy", "input_largest", "output_normalised"}
+AWAITED |= {"saturated_share"}
 
 
 # -- uncertainty -----------------------------------------------------------------------------------
@@ -437,11 +520,15 @@ UNIT_OF_WEIGHTS = {
     "coupling_norm": -2,
     "learning_rate": 2,
 }
-# Absolute on purpose: guessing has a loss of its own, initialisation a scale, AutoTrainer a limit.
+# Absolute on purpose: guessing has a loss of its own, initialisation a scale, a published check a
+# limit.
 WITH_UNIT_OF_LOSS = {
     "loss_to_chance": 1,
     "initial_loss_to_chance": 1,
     "first_gradient_norm": 1,
+    "gradient_rms": 1,
+    "learning_rate_highest": -1,
+    "learning_rate_lowest": -1,
     # Of optimizers alone whose learning rate has the unit of the weights and no other.
     "adaptive_step": 1,
     "median_adaptive_step": 1,
@@ -450,6 +537,9 @@ WITH_UNIT_OF_LOSS = {
 WITH_UNIT_OF_WEIGHTS = {
     "initial_weight_scale": 1,
     "first_gradient_norm": -1,
+    "gradient_rms": -1,
+    "learning_rate_highest": 2,
+    "learning_rate_lowest": 2,
     "adaptive_step": -1,
     "median_adaptive_step": -1,
     "highest_adaptive_step": -1,
@@ -458,7 +548,8 @@ WITH_UNIT_OF_WEIGHTS = {
 SHARES = (  # quantities between 0 and 1
     *("trainable", "optimized", "reached", "zero_share", "carried_gradients"),
     *("probabilities_into_loss", "attention_entropy", "empty_rows", "gradient_cosine"),
-    *("coupling_share", "input_similarity", "input_zero_share"),
+    *("coupling_share", "input_similarity", "input_zero_share", "dropout_largest"),
+    *("output_normalised", "saturated_share", "evaluation_accuracy"),
 )
 SIGNED = ("update_curvature", "trace", "lambda_min", "step_sharpness", "step_lambda", "overshoot")
 PLACES = (*COMPONENTS, "model", "a.query - head")
@@ -605,13 +696,14 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Recording:
 
 def test_features_are_computed_of_what_the_monitor_measures(watched: Recording) -> None:
     needed = {q for feature in CATALOGUE.values() for q in feature.quantities}
-    assert needed <= set(watched.measurements.quantities)
+    assert needed - AWAITED <= set(watched.measurements.quantities)
 
 
 def test_every_feature_is_known_somewhere_in_a_watched_training(watched: Recording) -> None:
     found = {n: c for t in feature_tables(watched).values() for n, c in t.columns.items()}
     nowhere = {name for name, its in found.items() if np.isnan(its.value).all()}
-    assert nowhere == set()
+    awaiting = {name for name in nowhere if AWAITED & set(CATALOGUE[name].quantities)}
+    assert nowhere - awaiting == {"accuracy_unchanged_epochs"}  # it needs twenty accuracies
     for name, its in found.items():
         known = its.value[~np.isnan(its.value)]
         assert (known >= CATALOGUE[name].low).all(), name

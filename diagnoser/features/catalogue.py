@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 
 from diagnoser.features import functions as f
+from diagnoser.features.published import PUBLISHED
 from diagnoser.features.source import Source
 from diagnoser.table import Column, Feature, Scope
 
@@ -625,6 +626,7 @@ FEATURES: Final[Mapping[str, Entry]] = {
             "Frobenius norm of the cross block over the geometric mean of both blocks' largest "
             "absolute eigenvalues",
         ),
+        *PUBLISHED,
     )
 }
 """Name to feature and the function that computes it. A new feature is a new entry."""
