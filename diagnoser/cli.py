@@ -160,8 +160,8 @@ def _add_judges(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--rules",
         metavar="DIR",
-        help="directory of rule files, or a shipped family: diagnoser (default) or autotrainer; "
-        "off for none",
+        help="directory of rule files, or a shipped family: diagnoser (default), autotrainer, "
+        "umlaut, deeplocalize or deepdiagnosis; off for none",
     )
     command.add_argument(
         "--classifier",
@@ -340,11 +340,9 @@ def _rules_list(_: argparse.Namespace) -> int:
 
 
 def _shipped_rules() -> list[Rule]:
-    from diagnoser.features import CATALOGUE
-    from diagnoser.rules import load_rules, shipped_rules_directory
+    from diagnoser.diagnosis import FAMILIES, default_rules
 
-    families = [shipped_rules_directory(family) for family in ("diagnoser", "autotrainer")]
-    return [rule for family in families for rule in load_rules(family, CATALOGUE)]
+    return [rule for family in FAMILIES for rule in default_rules(family)]
 
 
 def _rules_show(arguments: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from diagnoser.features import CATALOGUE
 from diagnoser.rules import Rule, load_rules, shipped_rules_directory
 
 DEFAULT_FAMILY: Final = "diagnoser"
-FAMILIES: Final = (DEFAULT_FAMILY, "autotrainer")
+FAMILIES: Final = (DEFAULT_FAMILY, "autotrainer", "umlaut", "deeplocalize", "deepdiagnosis")
 OFF: Final = "off"  # a file or directory of that name is meant by ./off
 
 
