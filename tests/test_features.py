@@ -185,7 +185,11 @@ KNOWN = {
     "learning_rate_lowest": case(
         {"learning_rate": {"embed": [None, 0.1], "head": [None, 0.3]}}, {"model": [NAN, 0.1]}
     ),
-    "input_largest": handed_on("input_largest", "model", [0.5, 255.0]),
+    "input_largest": case(  # it stays as it was last seen
+        {"input_largest": {"model": [None, 0.5, None, 255.0]}}, {"model": [NAN, 0.5, 0.5, 255]}
+    ),
+    "input_non_finite": handed_on("input_non_finite", "model", [0.0, 0.1]),
+    "saturated_share": handed_on("saturated_share", "model", [0.1, 0.6]),
     "dropout_largest": handed_on("dropout_largest", "model", [0.1, 0.8]),
     "output_normalised": handed_on("output_normalised", "model", [0.0, 1.0]),
     "loss_from_logits": case(
@@ -319,7 +323,6 @@ KNOWN = {
     "input_zero_share_at_end": case(
         {"input_zero_share": {"head": [0.9, 0.1, 0.8, None]}}, {"head": [0.8] * 4}
     ),
-    "saturated_share": handed_on("saturated_share", "head", [0.1, 0.6]),
     # components: curvature
     "step_sharpness": handed_on("step_sharpness", "head", [-0.5, 1.5]),
     "curvature_part": case(
@@ -401,7 +404,7 @@ def test_every_feature_is_about_what_it_says_it_needs() -> None:
 
 # Of quantities that the checks of others need and that the log does not hold yet.
 AWAITED = {"dropout_largest", "evaluation_accuracy", "input_largest", "output_normalised"}
-AWAITED |= {"saturated_share"}
+AWAITED |= {"input_non_finite", "saturated_share"}
 
 
 # -- uncertainty -----------------------------------------------------------------------------------
@@ -549,7 +552,7 @@ SHARES = (  # quantities between 0 and 1
     *("trainable", "optimized", "reached", "zero_share", "carried_gradients"),
     *("probabilities_into_loss", "attention_entropy", "empty_rows", "gradient_cosine"),
     *("coupling_share", "input_similarity", "input_zero_share", "dropout_largest"),
-    *("output_normalised", "saturated_share", "evaluation_accuracy"),
+    *("output_normalised", "saturated_share", "evaluation_accuracy", "input_non_finite"),
 )
 SIGNED = ("update_curvature", "trace", "lambda_min", "step_sharpness", "step_lambda", "overshoot")
 PLACES = (*COMPONENTS, "model", "a.query - head")

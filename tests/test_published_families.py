@@ -49,10 +49,11 @@ HEALTHY: dict[str, dict[str, Sequence[float | None]]] = {
     "non_finite_gradient": everywhere(0.0),
     "non_finite_weight": everywhere(0.0),
     "learning_rate": everywhere(0.001),
-    "saturated_share": everywhere(0.1),
+    "saturated_share": {"model": [0.1] * MEASURED},
     "probabilities_into_loss": {"model": [0.0] * MEASURED},
     "classes": {"model": [4.0] * MEASURED},
     "input_largest": {"model": [1.0] * MEASURED},
+    "input_non_finite": {"model": [0.0] * MEASURED},
     "dropout_largest": {"model": [0.5] * MEASURED},
     "output_normalised": {"model": [0.0] * MEASURED},
     "evaluation_accuracy": {"model": [0.5] * MEASURED},
@@ -105,6 +106,11 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "inputs beyond 1": (at("model", "input_largest", [1.01] * MEASURED), {"umlaut-input-range"}),
     "no softmax anywhere": ({"changed": NO_LOSS}, {"umlaut-missing-softmax"}),
     "softmax in the model": ({"changed": {**NO_LOSS, **NORMALISED}}, set()),
+    "NaN in the input and in the loss": (
+        {**at("model", "input_non_finite", [0.1] * MEASURED), "losses": [NAN] * STEPS},
+        {"umlaut-nan-input", *INVALID},
+    ),
+    "NaN in the input alone": (at("model", "input_non_finite", [0.1] * MEASURED), set()),
     "dropout beyond a half": (
         at("model", "dropout_largest", [0.51] * MEASURED),
         {"umlaut-high-dropout"},
@@ -224,7 +230,7 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
         set(),
     ),
     "saturated activations": (
-        at("first", "saturated_share", from_step(100, 0.51, 0.1)),
+        at("model", "saturated_share", from_step(100, 0.51, 0.1)),
         {"deepdiagnosis-saturated-activation"},
     ),
 }
@@ -254,6 +260,7 @@ def test_every_rule_fires_in_some_run() -> None:
     [
         *("dropout_largest", "evaluation_accuracy", "input_largest", "output_normalised"),
         *("saturated_share", "input_zero_share", "learning_rate", "zero_share"),
+        "input_non_finite",
     ],
 )
 def test_what_the_log_does_not_hold_is_unknown_and_nothing_is_found(quantity: str) -> None:
@@ -268,7 +275,7 @@ def test_what_the_log_does_not_hold_is_unknown_and_nothing_is_found(quantity: st
     assert found(run) == set()
     # A condition that needs one of two is decided by the other.
     assert unknown <= about
-    assert unknown or quantity in ("output_normalised", "zero_share")
+    assert unknown or quantity in ("input_non_finite", "output_normalised", "zero_share")
 
 
 # -- the numbers that were published ---------------------------------------------------------------
@@ -278,6 +285,7 @@ def test_what_the_log_does_not_hold_is_unknown_and_nothing_is_found(quantity: st
 # mapFaluireToFix (DeepDiagnosis/ICSE2022). Without the 0.5 of what is 0 or 1.
 NUMBERS = {
     "umlaut-input-range": {1.0},  # x_min < -1, x_max > 1
+    "umlaut-nan-input": {0.5, 0.0},
     "umlaut-high-dropout": {0.5},
     "umlaut-learning-rate-high": {0.01, 1.0},  # from the end of the first epoch on
     "umlaut-learning-rate-low": {1e-7, 1.0},

@@ -133,6 +133,19 @@ def accuracy_worst(s: Source) -> Column:
     return f.of_the_run(float(epochs.min()) if len(epochs) else float("nan"), s)
 
 
+def latest(quantity: str) -> Callable[[Source], Column]:
+    """What a program does is looked at in few steps, and seldom changes."""
+
+    def function(s: Source) -> Column:
+        value = s.run(quantity).value[0].copy()
+        for step in range(1, len(value)):
+            if np.isnan(value[step]):
+                value[step] = value[step - 1]
+        return Column.exact(value[np.newaxis])
+
+    return function
+
+
 # -- components ------------------------------------------------------------------------------------
 
 
@@ -202,7 +215,68 @@ def input_zero_share_at_end(s: Source) -> Column:
     return Column.exact(np.broadcast_to(last, share.shape).copy())
 
 
-PUBLISHED: Final[tuple[tuple[Feature, Callable[[Source], Column]], ...]] = (
+Entries = tuple[tuple[Feature, Callable[[Source], Column]], ...]
+
+AWAITED: Final[Entries] = (
+    (
+        Feature(
+            "input_largest",
+            "run",
+            "largest absolute value of what goes into the model",
+            low=0,
+            quantities=("input_largest",),
+        ),
+        latest("input_largest"),
+    ),
+    (
+        Feature(
+            "input_non_finite",
+            "run",
+            "share of what goes into the model that is NaN or infinite",
+            low=0,
+            high=1,
+            quantities=("input_non_finite",),
+        ),
+        latest("input_non_finite"),
+    ),
+    (
+        Feature(
+            "dropout_largest",
+            "run",
+            "largest probability of a dropout",
+            low=0,
+            high=1,
+            quantities=("dropout_largest",),
+        ),
+        latest("dropout_largest"),
+    ),
+    (
+        Feature(
+            "output_normalised",
+            "run",
+            "1 where the model's last operation before the loss is a softmax or sigmoid",
+            low=0,
+            high=1,
+            quantities=("output_normalised",),
+        ),
+        latest("output_normalised"),
+    ),
+    (
+        Feature(
+            "saturated_share",
+            "run",
+            "share of the results of the most saturated sigmoid or tanh near its ends",
+            low=0,
+            high=1,
+            quantities=("saturated_share",),
+        ),
+        latest("saturated_share"),
+    ),
+)
+"""Features of quantities that the log does not hold yet; they go when it has its own."""
+
+PUBLISHED: Final[Entries] = (
+    *AWAITED,
     # UMLAUT (CHI 2021)
     (
         Feature(
@@ -233,38 +307,6 @@ PUBLISHED: Final[tuple[tuple[Feature, Callable[[Source], Column]], ...]] = (
             quantities=("learning_rate",),
         ),
         learning_rate_lowest,
-    ),
-    (
-        Feature(
-            "input_largest",
-            "run",
-            "largest absolute value of what goes into the model",
-            low=0,
-            quantities=("input_largest",),
-        ),
-        f.own_run("input_largest"),
-    ),
-    (
-        Feature(
-            "dropout_largest",
-            "run",
-            "largest probability of a dropout",
-            low=0,
-            high=1,
-            quantities=("dropout_largest",),
-        ),
-        f.own_run("dropout_largest"),
-    ),
-    (
-        Feature(
-            "output_normalised",
-            "run",
-            "1 where the model's last operation before the loss is a softmax or sigmoid",
-            low=0,
-            high=1,
-            quantities=("output_normalised",),
-        ),
-        f.own_run("output_normalised"),
     ),
     (
         Feature(
@@ -459,17 +501,6 @@ PUBLISHED: Final[tuple[tuple[Feature, Callable[[Source], Column]], ...]] = (
             quantities=("input_zero_share",),
         ),
         input_zero_share_at_end,
-    ),
-    (
-        Feature(
-            "saturated_share",
-            "component",
-            "share of the results of a sigmoid or tanh that are beyond 0.95",
-            low=0,
-            high=1,
-            quantities=("saturated_share",),
-        ),
-        f.own("saturated_share"),
     ),
 )
 """Features, each with the function that computes it; they are a part of the catalogue."""
