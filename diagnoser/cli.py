@@ -160,8 +160,8 @@ def _add_judges(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--rules",
         metavar="DIR",
-        help="directory of rule files, or a shipped family: diagnoser, checks (both: the default) "
-        "or autotrainer; off for none",
+        help="directory of rule files, or a shipped family: diagnoser, checks (both: the default), "
+        "autotrainer, umlaut, deeplocalize or deepdiagnosis; off for none",
     )
     command.add_argument(
         "--classifier",

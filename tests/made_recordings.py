@@ -26,6 +26,7 @@ def made_recording(
     std_error: float | None = 0.0,
     batch_std_error: float | None = None,
     facts: Sequence[tuple[str, str, int]] = (),
+    ended: bool = False,
 ) -> Recording:
     """Returns a recording; ``facts`` are (name, file, line)."""
     builder = RecordingBuilder({"run": "made", "header": {}})
@@ -79,4 +80,6 @@ def made_recording(
         tables |= {"methods": ["exact"], "dtypes": ["float64"]}
         record = {"record": "measurement", "step": EVERY * k, "seconds": 0.001}
         builder.add({**record, **tables, "rows": columns})
+    if ended:
+        builder.add({"record": "end", "exit_code": 0, "cost": None, "lost_records": 0})
     return builder.recording()

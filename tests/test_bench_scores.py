@@ -24,7 +24,8 @@ from diagnoser.diagnosis import Claim
 from diagnoser.errors import BenchmarkError
 
 NAMES = ("layers.0.attention.query", "layers.0.attention.key", "head")
-OTHERS = ("loss", "autotrainer", "gradient norm", "update ratio", "entropy")
+DECIDE = ("loss", "autotrainer", "umlaut", "deeplocalize", "deepdiagnosis")
+ORDER = ("gradient norm", "update ratio", "entropy")
 
 
 def look(rng: np.random.Generator, truth, seed: int, prefix: float) -> Look:
@@ -35,8 +36,8 @@ def look(rng: np.random.Generator, truth, seed: int, prefix: float) -> Look:
         moved[:2] = 0.0
     claim = Claim("learning-rate-too-high", "high", "model", 5, ("learning_rate_too_high",))
     claims = (claim,) if sharp > 1.0 else ()
-    said = {name: Opinion(False, -1.0, (), NAMES) for name in OTHERS}
-    said |= {name: Opinion(True, math.nan, (), NAMES) for name in OTHERS[2:]}
+    said = {name: Opinion(False, -1.0, (), NAMES) for name in DECIDE}
+    said |= {name: Opinion(True, math.nan, (), NAMES) for name in ORDER}
     vectors = Vectors(
         {"model_step_sharpness.highest": sharp, "loss_fall.latest": rng.normal(0.9, 0.05)},
         {"update_ratio.latest": moved, "trace_z.latest": rng.normal(0, 1, 3)},

@@ -253,7 +253,8 @@ def test_rules_name_causes_once_and_components_without_the_whole_model():
 CURVATURE = {"update_curvature", "trace", "lambda_min", "lambda_max", "step_sharpness"}
 CURVATURE |= {"step_lambda", "overshoot", "coupling_share", "coupling_norm"}
 FORWARD = {"attention_entropy", "attention_logit", "empty_rows"}
-FORWARD |= {"input_scale", "input_similarity", "input_zero_share"}
+FORWARD |= {"input_scale", "input_similarity", "input_zero_share", "input_largest"}
+FORWARD |= {"input_non_finite"}
 
 
 def test_every_feature_is_in_the_family_of_what_it_is_measured_from():

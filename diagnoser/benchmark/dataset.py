@@ -37,13 +37,15 @@ from diagnoser.benchmark.configuration import Catalogue, code_digest
 from diagnoser.benchmark.harm import OK, Harm
 from diagnoser.benchmark.jobs import Mode
 from diagnoser.benchmark.plan import Item
+from diagnoser.benchmark.published import JUDGES, by_family
 from diagnoser.benchmark.results import Store, write_whole
 from diagnoser.classifier import EARLIER, Vectors, vectors
-from diagnoser.diagnosis import Claim, claims, default_rules
+from diagnoser.diagnosis import FAMILIES, Claim, claims, default_rules
 from diagnoser.features import feature_tables
 from diagnoser.injection import places
 from diagnoser.rules.ranges import FILE as RANGES_FILE
 from diagnoser.runlog import LOG_FILE, Recording, read_run
+from diagnoser.table import Scope, Table
 
 PREFIXES: Final = (0.10, 0.25, 0.50, 1.00)
 HARMLESS: Final = ("equivalent", "not worse")
@@ -53,7 +55,7 @@ UNPROVEN: Final = {"proven": "", "ambiguous": "HCx", "incomplete": ""}
 NOT_YET: Final = {"X2": 0.50, "E1": 0.99}
 CODE: Final = (
     *("features", "classifier/vectors.py", "table.py", "rules", "diagnosis", "runlog"),
-    *("benchmark/baselines.py", "benchmark/harm.py"),
+    *("benchmark/baselines.py", "benchmark/published.py", "benchmark/harm.py"),
 )
 SAID: Final = ("claims", "opinions", "deepfd")
 IDENTITY: Final = ("seed", "prefix", "part", *SAID)  # columns of no feature
@@ -199,15 +201,20 @@ def compute(log: Path, mode: Mode, seed: int, folder: Path) -> list[Look]:
                 prefix,
                 replace(vectors(tables), earlier=tuple(earlier[prefix * part] for part in EARLIER)),
                 claims(tables, recording, rules),
-                opinions(recording),
+                opinions(recording, tables),
                 deepfd_features(recording),
             )
         )
     return found
 
 
-def opinions(recording: Recording) -> dict[str, Opinion]:
-    """Returns what the baselines that need not learn say of a run, by name."""
+def opinions(recording: Recording, tables: Mapping[Scope, Table]) -> dict[str, Opinion]:
+    """Returns what the baselines that need not learn say of a run, by name.
+
+    Args:
+        recording: The run.
+        tables: Its feature tables.
+    """
     alarm = loss_only(recording)
     ranked = {
         "gradient norm": gradient_norm_argmax(recording),
@@ -217,6 +224,7 @@ def opinions(recording: Recording) -> dict[str, Opinion]:
     return {
         "loss": Opinion(alarm >= 0, alarm),
         "autotrainer": autotrainer(recording),
+        **{name: by_family(name, tables, recording) for name in JUDGES},
         **{name: Opinion(True, math.nan, (), order) for name, order in ranked.items()},
     }
 
@@ -226,7 +234,7 @@ def digest_of_code() -> str:
     root = Path(diagnoser.__file__).parent
     paths = [p for name in CODE for p in sorted((root / name).rglob("*.py")) or [root / name]]
     parts = [code_digest(path.read_text("utf-8")) for path in paths]
-    rules = default_rules()
+    rules = [rule for family in FAMILIES for rule in default_rules(family)]
     parts += [rule.path.read_text("utf-8") for rule in rules]
     parts += [(rules[0].path.parents[1] / RANGES_FILE).read_text("utf-8")]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]

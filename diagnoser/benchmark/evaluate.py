@@ -33,6 +33,7 @@ from diagnoser.benchmark.judges import (
     together,
 )
 from diagnoser.benchmark.plan import Plan
+from diagnoser.benchmark.published import JUDGES
 from diagnoser.benchmark.results import Store
 from diagnoser.benchmark.scoring import Verdict
 from diagnoser.classifier import Classifier, Example, fit
@@ -41,7 +42,7 @@ from diagnoser.errors import BenchmarkError
 from diagnoser.rules import Precision
 
 RUN_COLUMNS, COMPONENT_COLUMNS = 160, 40  # that the classifier that ships rests on
-OPINIONS: Final = ("loss", "autotrainer", "gradient norm", "update ratio", "entropy")
+OPINIONS: Final = ("loss", "autotrainer", *JUDGES, "gradient norm", "update ratio", "entropy")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from diagnoser.benchmark.dataset import Seen
 from diagnoser.classifier import EXCESS, PAIR, Vectors
+from diagnoser.features.published import OF_PUBLISHED
 
 T = TypeVar("T")
 
@@ -40,13 +41,18 @@ def family_of(column: str) -> str:
 
 
 def columns_of_runs(seen: Iterable[Seen]) -> tuple[str, ...]:
-    """Returns the columns that any run has, in order."""
-    return tuple(sorted({name for run in seen for name in run.look.vectors.run}))
+    """Returns the columns that any run has, in order, without those of published checks."""
+    return _ordered(name for run in seen for name in run.look.vectors.run)
 
 
 def columns_of_components(seen: Iterable[Seen]) -> tuple[str, ...]:
-    """Returns the columns that components of any run have, in order."""
-    return tuple(sorted({name for run in seen for name in run.look.vectors.components}))
+    """Returns the columns that components of any run have, in order, without those either."""
+    return _ordered(name for run in seen for name in run.look.vectors.components)
+
+
+def _ordered(columns: Iterable[str]) -> tuple[str, ...]:
+    """What was published for others to compare is often absolute: nothing is learned from it."""
+    return tuple(sorted({name for name in columns if name.split(".")[0] not in OF_PUBLISHED}))
 
 
 def with_noise(

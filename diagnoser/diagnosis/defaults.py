@@ -12,7 +12,7 @@ from diagnoser.features import CATALOGUE
 from diagnoser.rules import Rule, load_rules, shipped_rules_directory
 
 DEFAULT_FAMILIES: Final = ("diagnoser", "checks")
-FAMILIES: Final = (*DEFAULT_FAMILIES, "autotrainer")
+FAMILIES: Final = (*DEFAULT_FAMILIES, "autotrainer", "umlaut", "deeplocalize", "deepdiagnosis")
 OFF: Final = "off"  # a file or directory of that name is meant by ./off
 
 

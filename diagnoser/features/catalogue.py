@@ -15,6 +15,7 @@ import numpy as np
 
 from diagnoser.features import functions as f
 from diagnoser.features.program import PROGRAM
+from diagnoser.features.published import PUBLISHED
 from diagnoser.features.source import Source
 from diagnoser.table import Column, Feature, Scope
 
@@ -664,6 +665,7 @@ FEATURES: Final[Mapping[str, Entry]] = {
             )
             for quantity in PROGRAM
         ),
+        *PUBLISHED,
     )
 }
 """Name to feature and the function that computes it. A new feature is a new entry."""
