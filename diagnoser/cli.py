@@ -1,4 +1,4 @@
-"""The command line: ``diagnoser run | diagnose | report | rules | case | bench``."""
+"""The command line: ``diagnoser run | check | diagnose | report | rules | case | bench``."""
 
 from __future__ import annotations
 
@@ -97,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     script_arguments.required = False  # argparse says otherwise when SCRIPT is missing
     run.set_defaults(command=_run)
 
+    _add_check(commands, out_help)
+
     diagnose = commands.add_parser(
         "diagnose",
         help="diagnose a recorded run again, without torch",
@@ -154,6 +156,42 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_bench(commands)
     return parser  # fmt: skip
+
+
+def _add_check(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], out_help: str
+) -> None:
+    check = commands.add_parser(
+        "check",
+        allow_abbrev=False,
+        help="check a training script before it is run: its first steps, then it is stopped",
+        description="Runs the first steps of an unmodified PyTorch training script, checks what it "
+        "does, has a copy of its model learn one batch by heart, and stops it. About a minute.",
+        epilog="The exit code is 0 for a healthy start, 1 faulty, 3 inconclusive, 2 for a mistake "
+        "in this command line.",
+    )
+    check.add_argument("--out", type=Path, metavar="DIR", help=out_help)
+    check.add_argument(
+        "--steps",
+        type=int,
+        default=60,
+        metavar="N",
+        help="stop after N steps of training (default 60)",
+    )
+    check.add_argument(
+        "--seconds",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="or after S seconds of it (default 30)",
+    )
+    _add_judges(check)
+    check.add_argument("script", metavar="SCRIPT", help="the training script, a Python file")
+    check_arguments = check.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="ARG", help="the script's own arguments"
+    )
+    check_arguments.required = False
+    check.set_defaults(command=_check)
 
 
 def _add_judges(command: argparse.ArgumentParser) -> None:
@@ -269,6 +307,26 @@ def _run(arguments: argparse.Namespace) -> int:
         classifier=arguments.classifier,
     )
     return _end_of_run(outcome, exit_verdict=arguments.exit_verdict)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from diagnoser.launch import run_script
+    from diagnoser.session import Limit
+
+    if arguments.steps < 1 or not arguments.seconds > 0:
+        raise UsageError("--steps and --seconds: 1 step or more, a positive number of seconds")
+    outcome = run_script(
+        arguments.script,
+        arguments.arguments,
+        out=arguments.out,
+        rules=arguments.rules,
+        classifier=arguments.classifier,
+        limit=Limit(arguments.steps, arguments.seconds),
+    )
+    _end_of_run(outcome, exit_verdict=False)
+    if outcome.diagnosis is None:  # watching is switched off
+        return outcome.exit_code
+    return VERDICT_CODE[outcome.diagnosis.verdict]
 
 
 def _end_of_run(outcome: object, *, exit_verdict: bool) -> int:

@@ -20,7 +20,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 from diagnoser.errors import DiagnoserError, UsageError
-from diagnoser.session import Watch, to_stderr
+from diagnoser.session import Limit, Stopped, Watch, to_stderr
 from diagnoser.types import Diagnosis
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -45,6 +45,7 @@ def run_script(
     every: int | None = None,
     rules: Path | str | None = None,
     classifier: Path | str | None = None,
+    limit: Limit | None = None,
 ) -> Outcome:
     """Runs a script to its end and diagnoses what was seen, however it ended.
 
@@ -56,6 +57,7 @@ def run_script(
         every: See `session.watch`.
         rules: See `session.watch`.
         classifier: See `session.watch`.
+        limit: When to stop the script, after some more checks; None lets it run to its end.
 
     Raises:
         UsageError: There is no such script, or it is not Python. Nothing has run then.
@@ -74,6 +76,7 @@ def run_script(
         name=path.stem or "run",
         header=header,
         announce=to_stderr(),
+        limit=limit,
     )
     process = os.getpid()
     with watch:
@@ -127,6 +130,8 @@ def _run_as_main(code: types.CodeType, script: str, arguments: Sequence[str]) ->
         exec(code, main.__dict__)
     except SystemExit as stop:
         return _exit_code(stop.code)
+    except Stopped:
+        return 0
     except KeyboardInterrupt as interruption:
         _print_exception(interruption)
         return INTERRUPTED

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +43,18 @@ def switched_off() -> bool:
     return os.environ.get("DIAGNOSER_OFF", "") not in ("", "0")
 
 
+class Stopped(BaseException):  # noqa: N818 - no error: what was to be seen was seen
+    """Ends a script from inside its backward; what it opens is closed as at any exception."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """After how many steps, or seconds of training, a script is stopped."""
+
+    steps: int
+    seconds: float
+
+
 class Watch:
     """A watch over one training; use it as ``with watch(model, optimizer) as w:``.
 
@@ -65,6 +77,7 @@ class Watch:
         name: str = "run",
         header: Mapping[str, Any] | None = None,
         announce: Callable[[str], None] | None = None,
+        limit: Limit | None = None,
     ) -> None:
         if not 0.0 <= overhead <= 100.0:
             raise UsageError(f"overhead={overhead}: a share of training time, 0.10 for 10 %")
@@ -78,6 +91,7 @@ class Watch:
         self._known: set[tuple[str, str, str | None]] = set()
         self._looked_s, self._looks = 0.0, 0
         self._process = os.getpid()
+        self._limit = limit
         self._rules: tuple[Rule, ...] = ()
         self._classifier: Path | None = None
         if self._off:
@@ -96,6 +110,7 @@ class Watch:
             probe=probe,
             on_measured=self._look_for_findings,
         )
+        self._monitor.record_all = limit is not None
 
     # The interception talks to the watch, which passes on only what its own process does.
 
@@ -103,6 +118,13 @@ class Watch:
         """See `interception.Listener`."""
         if os.getpid() == self._process:
             self._monitor.before_backward(root)
+            if self._limit is not None and self._is_over(self._limit):
+                self._limit = None  # a script that catches everything goes on unchecked
+                self._monitor.check_finally(root)
+                raise Stopped
+
+    def _is_over(self, limit: Limit) -> bool:
+        return self._monitor.step >= limit.steps or self._schedule.training_s >= limit.seconds
 
     def after_backward(self) -> None:
         """See `interception.Listener`."""

@@ -16,6 +16,7 @@ from diagnoser.checks import (
     modes,
     objective,
     optimisation,
+    overfit,
     probes,
     structure,
 )
@@ -92,6 +93,12 @@ OFTEN: Final[Mapping[str, Check]] = {
 }
 
 
+# Dear ones, before a run alone.
+BEFORE: Final[Mapping[str, Check]] = {
+    "overfit": Check(overfit.overfit_one_batch, ("overfit_fall",)),
+}
+
+
 def examine(seen: Seen) -> Found:
     """Runs all checks on a step; what one cannot tell, or fails at, is a reason, not an error."""
     return _run(CHECKS, seen)
@@ -100,6 +107,11 @@ def examine(seen: Seen) -> Found:
 def examine_often(seen: Seen) -> Found:
     """Runs the checks that need no more than the loss."""
     return _run(OFTEN, seen)
+
+
+def examine_before(seen: Seen) -> Found:
+    """Runs the checks that train a copy."""
+    return _run(BEFORE, seen)
 
 
 def _run(checks: Mapping[str, Check], seen: Seen) -> Found:
@@ -119,6 +131,7 @@ def _run(checks: Mapping[str, Check], seen: Seen) -> Found:
 
 
 __all__ = [
+    "BEFORE",
     "CHECKS",
     "OFTEN",
     "Call",
@@ -128,6 +141,7 @@ __all__ = [
     "LossCall",
     "Seen",
     "examine",
+    "examine_before",
     "examine_often",
     "scored_in_training",
     "user_line",

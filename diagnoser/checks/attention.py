@@ -80,7 +80,8 @@ def attention_scale(seen: Seen, found: Found) -> None:
 
     ``attention_scale``: the plain numbers between projections and softmax, times the root of the
     width of a query: 1 as Vaswani et al. 2017 have it. Not measured where queries or keys are
-    normalised, or the scale is learned. ``attention_scale_normalised``: the same where they are
+    normalised, the scale is learned, or keys are the values themselves (Luong et al. 2015 do not
+    scale). ``attention_scale_normalised``: the same where they are
     normalised. ``attention_scores``: root mean square of the scores before the softmax, less their
     mean over the keys.
 
@@ -101,7 +102,7 @@ def attention_scale(seen: Seen, found: Found) -> None:
             if len(part):
                 centred = part - part.mean(-1, keepdim=True)
                 scores.append((name, float(centred.square().mean().sqrt())))
-        if attention.width < 2 or attention.learned_scale:
+        if attention.width < 2 or attention.learned_scale or _keys_are_values(attention):
             continue
         if not attention.key_parameters or not _two_sided(attention):
             continue
@@ -136,6 +137,19 @@ def score_precision(seen: Seen, found: Found) -> None:
         own = {p.dtype for p in (*attention.parameters, *attention.value_parameters)}
         if own:
             found.component("half_scores", name, scores == torch.float16 and scores not in own)
+
+
+def _keys_are_values(attention: Attention) -> bool:
+    scores, sides, values = attention.scores, attention.sides, attention.values
+    if scores is None or sides is None or values is None:
+        return False
+    keys = scores.inputs[sides[1]]
+    if keys.numel() != values.numel() or scores is attention.softmax:
+        return False
+    return any(
+        form.shape == values.shape and torch.equal(form, values)
+        for form in (keys, keys.transpose(-2, -1) if keys.ndim > 1 else keys)
+    )
 
 
 def _two_sided(attention: Attention) -> bool:

@@ -49,6 +49,7 @@ class Attention:
     softmax: Operation
     product: Operation  # with the values
     weights: Tensor
+    values: Tensor | None = None  # as they are weighted
     logits: Tensor | None = None
     raw: Tensor | None = None
     scores: Operation | None = None  # the product of queries and keys
@@ -140,7 +141,7 @@ def _written(trace: Trace, softmax: Operation) -> Attention | None:
             continue
         attention = Attention(
             softmax.index, softmax.place or product.place, softmax, product, weights,
-            after=after, factor_after=factor,
+            values=_other_factor(product, position), after=after, factor_after=factor,
         )  # fmt: skip
         _read_logits(trace, attention)
         return attention
@@ -197,6 +198,12 @@ def _sum_of(trace: Trace, product: Operation) -> Operation | None:
         ),
         None,
     )
+
+
+def _other_factor(product: Operation, position: int) -> Tensor | None:
+    first = 0 if product.name == "mul" else first_factor(product)
+    other = 2 * first + 1 - position
+    return product.inputs[other] if other < len(product.inputs) else None
 
 
 def _contracted(trace: Trace, product: Operation, position: int) -> Tensor | None:
@@ -363,6 +370,7 @@ def _fused(trace: Trace, operation: Operation) -> Attention | None:
         operation,
         operation,
         weights.reshape(shape),
+        values=value,
         logits=logits.reshape(shape),
         raw=raw.reshape(shape),
         scores=operation,

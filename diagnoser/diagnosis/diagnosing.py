@@ -176,11 +176,23 @@ class _Explained:
 
 
 def _whole_layers(findings: Sequence[Finding], recording: Recording) -> list[Finding]:
-    """Makes one finding of those that a rule has on every component of a layer, named after it."""
+    """Makes one finding of those that a rule has on all of a layer, or on all of a model's layers.
+
+    Of several models that is, whose names stand before a colon.
+    """
     members: dict[str, list[str]] = {}
+    roots: dict[str, list[str]] = {}
     for component in recording.components:
         if component.layer != component.name:
             members.setdefault(component.layer, []).append(component.name)
+        root, _, rest = component.name.partition(":")
+        if rest and component.name == component.layer:
+            roots.setdefault(root, []).append(component.name)
+    return _merged(_merged(findings, members), roots)
+
+
+def _merged(findings: Sequence[Finding], members: Mapping[str, Sequence[str]]) -> list[Finding]:
+    """Makes one finding, named after a group, of those that a rule has on all its members."""
     by_place = {(f.source, f.component): f for f in findings if f.other is None}
     merged: dict[tuple[str, str], Finding] = {}
     swallowed: set[tuple[str, str]] = set()
@@ -312,7 +324,7 @@ def _related(cause: Finding, symptom: Finding) -> bool:
 
 
 def _inside(name: str, prefix: str) -> bool:
-    return name.startswith((f"{prefix}.", f"{prefix}["))
+    return name.startswith((f"{prefix}.", f"{prefix}[", f"{prefix}:"))
 
 
 def _measured(finding: Finding, measured: Mapping[str, Precision]) -> Finding:

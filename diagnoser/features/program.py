@@ -96,6 +96,9 @@ PROGRAM: Final[tuple[Quantity, ...]] = (
              "spread"),
     Quantity("future_influence", "run",
              "change of early outputs when later inputs are replaced, over that of late ones"),
+    Quantity("overfit_fall", "run",
+             "share of the loss of one batch that a copy loses when it is trained on it alone", 1,
+             -np.inf),
     # objective and data
     Quantity("not_log_probabilities", "run",
              "share of rows given to a negative log-likelihood that are no log-probabilities", 1),

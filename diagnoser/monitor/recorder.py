@@ -119,14 +119,16 @@ class CallRecorder:
         self._replace(nn.Module, "__call__", call)
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if len(self._calls.modules) < MOST_CALLS and torch._C._get_tracing_state() is None:
+        if not torch.is_grad_enabled():
+            self._note_evaluation(module, args, kwargs, output)
+        elif len(self._calls.modules) < MOST_CALLS and torch._C._get_tracing_state() is None:
             self._calls.modules.append(
                 Call(module, args, kwargs, output, module.training, torch.is_grad_enabled(),
                      user_line())
             )  # fmt: skip
 
     def _note_evaluation(self, module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or len(self.evaluations) >= MOST_EVALUATIONS:
             return
         place = user_line()
         said = scored_in_training(Call(module, args, kwargs, None, module.training, False, place))

@@ -239,9 +239,10 @@ def find_models(
     """Finds and names the root modules behind a loss and its optimizers.
 
     A root is a module that is nobody's child. One root needs no name; several are named after the
-    variables of the user's program that hold them. A root that the loss does not reach although
-    its optimizer also steps what is reached is a stale module, replaced after the optimizer was
-    built: it is named, and the one that is reached needs no name still.
+    variables of the user's program that hold them, or after the list of the largest root that keeps
+    them. A root that the loss does not reach although its optimizer also steps what is reached is a
+    stale module, replaced after the optimizer was built: it is named, and the one that is reached
+    needs no name still.
 
     Args:
         modules: All modules that exist.
@@ -277,8 +278,13 @@ def find_models(
     main, *others = chosen
     shared = {key for group in groups if group.keys() & own[id(main)] for key in group}
     if all(not own[id(o)] & at_loss and own[id(o)] & shared for o in others):
-        names = _variable_names(others)
+        names = _variable_names(others, main)
         return {"": main, **{names[id(other)]: other for other in others}}, free
+    for owner in chosen:
+        kept = [other for other in chosen if other is not owner]
+        if all(_kept_by(owner, other) for other in kept):
+            names = _variable_names(kept, owner)
+            return {"": owner, **{names[id(other)]: other for other in kept}}, free
     names = _variable_names(chosen)
     return {names[id(root)]: root for root in chosen}, free
 
@@ -295,7 +301,23 @@ def _free_tensors(
     return {places.get(key, f"tensor[{n}]"): t for n, (key, t) in enumerate(tensors.items())}
 
 
-def _variable_names(roots: Sequence[nn.Module]) -> dict[int, str]:
+def _kept_by(owner: nn.Module, kept: nn.Module) -> str | None:
+    """The path of a module that another one keeps in a plain list, tuple or dict, if it does.
+
+    Such a module is not registered: its parameters are in no ``parameters()``.
+    """
+    for path, module in owner.named_modules():
+        for name, value in list(vars(module).items()):
+            if name.startswith("_") or not isinstance(value, list | tuple | dict):
+                continue
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in items:
+                if item is kept:
+                    return ".".join(filter(None, (path, name, str(key))))
+    return None
+
+
+def _variable_names(roots: Sequence[nn.Module], owner: nn.Module | None = None) -> dict[int, str]:
     names: dict[int, str] = {}
     frame = sys._getframe(1)
     scopes: list[Mapping[str, object]] = []
@@ -304,12 +326,13 @@ def _variable_names(roots: Sequence[nn.Module]) -> dict[int, str]:
             scopes += [frame.f_locals, frame.f_globals]
         frame = frame.f_back  # type: ignore[assignment]
     for root in roots:
-        for scope in scopes:
+        found = _kept_by(owner, root) if owner is not None else None
+        for scope in scopes if found is None else ():
             found = next((k for k, v in list(scope.items()) if v is root), None)
             if found is not None and found != "self":
                 break
         else:
-            found = type(root).__name__.lower()
+            found = found or type(root).__name__.lower()
         name, count = found, 2
         while name in names.values():
             name, count = f"{found}{count}", count + 1

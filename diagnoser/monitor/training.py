@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diagnoser.checks import Calls, Seen, examine, examine_often, user_line
+from diagnoser.checks import Calls, Found, Seen, examine, examine_before, examine_often, user_line
 from diagnoser.curvature import ON_A_PROBE, Operator, ProbeSet, out_of_memory
 from diagnoser.errors import MeasurementError
 from diagnoser.monitor.interception import Interception, loss_scale, unscaled
@@ -74,12 +74,14 @@ class Monitor:
         self.step = 0
         self.measurements = 0
         self.subject: Subject | None = None
+        self.record_all = False  # calls of every step, for `check_finally`
         self._books = interception.books
         self._notes = interception.notes
         self._recorder = interception.recorder
         self._memory: dict[str, Any] = {}  # of checks, from step to step
         self._told: dict[str, str] = {}  # what checks could not tell, and why
-        self._calls: Calls | None = None  # of the running step, if it is checked
+        self._calls: Calls | None = None  # of the running step, if they were recorded
+        self._check_is_due = True
         self._models = models
         self._optimizer = optimizer
         self._probe = probe
@@ -131,15 +133,18 @@ class Monitor:
                 self._note_loss(loss)
             if self._plan and self._backwards == 1:
                 self._measure_before(loss)
-            if self._calls is not None:
-                calls, self._calls = self._calls, None
-                self._check(loss, calls)
+            if self._calls is not None and self._check_is_due:
+                self._check(loss, self._calls)
+                self._check_is_due = False
 
     def after_backward(self) -> None:
         """See `interception.Listener`."""
         self._live.forget()
-        if self._backwards == 1 and self.schedule.wants_checks(self.step + 1):
-            self._recorder.start()
+        self._calls = None
+        if self._backwards == 1:
+            self._check_is_due = self.schedule.wants_checks(self.step + 1)
+            if self._check_is_due or self.record_all:
+                self._recorder.start()
         if self._steps_of and (self._sample is None or not self._plan):
             return
         with self._guard("gradients"):
@@ -377,26 +382,30 @@ class Monitor:
             self._measure_curvature(self._sample, loss)
             self._sample.add_curvature()
 
-    def _check(self, loss: Tensor, calls: Calls) -> None:
+    def check_finally(self, loss: Any) -> None:
+        """Runs all checks once more, and those that train a copy, on the step that has begun."""
+        with self._guard("checks"):
+            if isinstance(loss, Tensor) and self._calls is not None:
+                self._check(loss, self._calls)
+                self._check(loss, self._calls, examine_before)
+
+    def _check(self, loss: Tensor, calls: Calls, run: Callable[[Seen], Found] = examine) -> None:
         """Runs the program checks on a step whose calls were recorded, before its backward."""
         begun = time.perf_counter()
         if self.subject is None:
             self._find_subject(read_graph(loss, values=False))
         assert self.subject is not None
         with self._trying("checks"), self._quietly(self.subject):
-            found = examine(self._seen(loss, calls))
+            found = run(self._seen(loss, calls))
             for what, component, where in found.places:
-                data = {"file": where.file, "line": where.line}
-                self._fact_once(what, component, data)
+                self._fact_once(what, component, _place_data(where))
             for quantity, reason in found.unknown.items():
                 if self._told.get(quantity) != reason:
                     self._told[quantity] = reason
                     self.log.fact(self.step, "unknown", quantity, math.nan, {"reason": reason})
-            seconds = time.perf_counter() - begun
-            self.log.measurement(self.step, found.rows, seconds)
+            self.log.measurement(self.step, found.rows, time.perf_counter() - begun)
             self.measurements += 1
-        seconds = time.perf_counter() - begun
-        self.schedule.account_checks(seconds)
+        self.schedule.account_checks(time.perf_counter() - begun)
 
     def _seen(self, loss: Tensor, calls: Calls) -> Seen:
         subject = self.subject
