@@ -17,6 +17,7 @@ from benchmarks import (
     benchmark_document,
     curvature_document,
     reproductions_document,
+    rules_document,
     scores_document,
 )
 
@@ -107,6 +108,7 @@ DOCUMENTS: dict[Path, Mapping[str, Callable[[], str]]] = {
     ROOT / "docs" / "ablation.md": ablation_document.BLOCKS,
     ROOT / "docs" / "benchmark.md": benchmark_document.BLOCKS,
     reproductions_document.DOCUMENT: reproductions_document.BLOCKS,
+    rules_document.DOCUMENT: rules_document.BLOCKS,
     ROOT / "docs" / "scores.md": {
         **scores_document.BLOCKS,
         "two scripts": by_fault,
