@@ -120,6 +120,10 @@ class AlwaysOn(Schedule):
         """See `Schedule.plan`."""
         return Plan()
 
+    def wants_checks(self, step: int) -> bool:  # noqa: ARG002
+        """See `Schedule.wants_checks`."""
+        return False
+
 
 class WithCurvature(Schedule):
     """Samples with curvature along the step; never a spectrum or an interaction."""

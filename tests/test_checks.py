@@ -23,7 +23,7 @@ from check_models import (
 )
 from torch import nn
 
-from diagnoser.checks import CHECKS, OFTEN, Call, Calls, Seen, examine
+from diagnoser.checks import BEFORE, CHECKS, OFTEN, Call, Calls, Seen, examine
 from diagnoser.checks.replica import Replica
 from diagnoser.errors import MeasurementError
 from diagnoser.features.program import PROGRAM
@@ -389,14 +389,15 @@ def test_a_check_that_fails_is_a_reason_and_the_others_go_on(monkeypatch):
 
 
 def test_the_table_of_checks_and_the_catalogue_of_features_agree():
-    measured = [q for check in (*CHECKS.values(), *OFTEN.values()) for q in check.quantities]
+    every = (*CHECKS.values(), *OFTEN.values(), *BEFORE.values())
+    measured = [q for check in every for q in check.quantities]
     elsewhere = {"clip_ratio", "clipped_share", "clipped_scaled", "scheduler_first"}
     elsewhere |= {"scored_in_training"}
     assert len(measured) == len(set(measured))
     assert {quantity.name for quantity in PROGRAM} == set(measured) | elsewhere
 
 
-@pytest.mark.parametrize("check", [*CHECKS.values(), *OFTEN.values()])
+@pytest.mark.parametrize("check", [*CHECKS.values(), *OFTEN.values(), *BEFORE.values()])
 def test_every_check_says_what_it_finds_its_source_what_it_cannot_see_and_what_it_costs(check):
     text = check.run.__doc__
     for part in ("Finds ", "Source: ", "Cannot see: ", "Costs: "):

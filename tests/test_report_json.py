@@ -43,11 +43,12 @@ def test_the_example_reads_as_the_contract_says():
         "component": "word_attention.projection",
         "probability": 0.91,
         "n": 88,
+        "because": [],
     }
     finding = document["findings"][0]
     assert list(finding) == [
         *("fault", "component", "other", "severity", "probability", "n", "since_step", "source"),
-        *("causes", "evidence", "message", "where", "repairs"),
+        *("causes", "evidence", "message", "where", "patch", "repairs"),
     ]
     assert finding["evidence"][0] == {
         "feature": "step_sharpness",

@@ -330,8 +330,8 @@ def _looks(mode: Mode, runs: pa.Table, components: pa.Table) -> Iterator[Look]:
             earlier.append(of)
             continue
         claimed = [
-            Claim(rule, severity, component, since, tuple(causes), tuple(under) if under else None)
-            for rule, severity, component, since, causes, under in json.loads(row["claims"])
+            Claim(rule, severity, at, since, tuple(causes), tuple(under) if under else None, *rest)
+            for rule, severity, at, since, causes, under, *rest in json.loads(row["claims"])
         ]
         said = json.loads(row["opinions"])
         others = {

@@ -11,10 +11,12 @@ import numpy as np
 
 from diagnoser.benchmark.dataset import Seen
 from diagnoser.classifier import EXCESS, PAIR, Vectors
+from diagnoser.features import PROGRAM_NAMES
 from diagnoser.features.published import OF_PUBLISHED
 
 T = TypeVar("T")
 
+OF_CHECKS: Final = PROGRAM_NAMES | {"initial_attention_scores"}  # P: of the program
 FAMILIES: Final = ("L", "G", "A", "H")  # loss, gradients and program, attention and inputs, Hessian
 OF_LOSS: Final = ("loss_", "initial_loss_", "non_finite_loss", "accuracy")
 OF_FORWARD: Final = ("attention_", "initial_attention_", "entropy_", "empty_rows", "input_")
@@ -33,6 +35,8 @@ def family_of(column: str) -> str:
     ('L', 'A')
     """
     name = column.removeprefix(EXCESS).removeprefix(PAIR)
+    if name.split(".")[0] in OF_CHECKS:
+        return "P"
     if name.startswith(OF_LOSS):
         return "L"
     if name.startswith(OF_CURVATURE):
@@ -51,8 +55,12 @@ def columns_of_components(seen: Iterable[Seen]) -> tuple[str, ...]:
 
 
 def _ordered(columns: Iterable[str]) -> tuple[str, ...]:
-    """What was published for others to compare is often absolute: nothing is learned from it."""
-    return tuple(sorted({name for name in columns if name.split(".")[0] not in OF_PUBLISHED}))
+    """Nothing is learned from what was published for others to compare, which is often absolute.
+
+    Nor from what program checks measure: those are judged by rules, and vote for themselves.
+    """
+    out = OF_PUBLISHED | OF_CHECKS
+    return tuple(sorted({name for name in columns if name.split(".")[0] not in out}))
 
 
 def with_noise(

@@ -124,7 +124,7 @@ def together(run: Seen, classifier: Classifier, measured: Mapping[str, Precision
 
 def _suspicion(run: Seen, measured: Mapping[str, Precision]) -> float:
     values = [
-        suspicion(claim.severity, measured.get(claim.rule))
+        suspicion(claim.severity, measured.get(claim.rule), of_check=claim.of_check)
         for claim in run.look.claims
         if is_grave(claim.severity)
     ]

@@ -81,7 +81,7 @@ CHECKS: Final[Mapping[str, Check]] = {
     "saturation": Check(structure.saturation, ("saturated_share",)),
     "output-layer": Check(structure.output_layer, ("output_normalised",)),
     "sample-leak": Check(probes.sample_leak, ("sample_leak", "input_influence")),
-    "order-blind": Check(probes.order_blind, ("position_share",)),
+    "order-blind": Check(probes.order_blind, ("position_share", "positions_unused")),
     "padding-content": Check(probes.padding_content, ("padding_influence",)),
     "future": Check(probes.future, ("future_influence",)),
 }

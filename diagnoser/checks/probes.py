@@ -6,6 +6,8 @@ outputs differ by, relative to their spread over the batch; differences below `N
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from diagnoser.checks.seen import Found, Seen, first_float
 from diagnoser.checks.trace import Trace
 from diagnoser.errors import MeasurementError
 
+POSITIONS = re.compile(r"(^|[._])(pos|pe\b|wpe|rope|rotary|alibi)", re.IGNORECASE)
 NOISE = 1e-4  # of the outputs' spread
 
 
@@ -85,7 +88,8 @@ def order_blind(seen: Seen, found: Found) -> None:
 
     ``position_share``: how much the inputs of the first self-attention differ between positions
     when every position holds the same content, over how much they differ between positions of the
-    real batch. 0: nothing says which position is which.
+    real batch. 0: nothing says which position is which. ``positions_unused``: 1 where that is so
+    although the model has something that is named after positions.
 
     Source: Lightning-AI/pytorch-lightning#20099, DEFault++ POE, DiffPoseTalk#20.
     Cannot see: whether order matters for the task; positions that enter behind the first attention
@@ -138,8 +142,16 @@ def order_blind(seen: Seen, found: Found) -> None:
         unmasked = varies[varies.abs().amax(-1) < 1e3] if len(varies) else varies
         if unmasked.numel() and float(unmasked.abs().max()) > 1e-3:
             raise MeasurementError("positions enter through the scores of attention")
-    found.run("position_share", ratio if ratio > NOISE else 0.0)
+    share = ratio if ratio > NOISE else 0.0
+    found.run("position_share", share)
+    found.run("positions_unused", share == 0.0 and _has_positions(seen.main.module))
     found.place("model", seen.main.place)
+
+
+def _has_positions(module: nn.Module) -> bool:
+    names = [name for name, _ in module.named_modules()]
+    names += [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
+    return any(POSITIONS.search(name) for name in names)
 
 
 def _sees_no_later(weights: Tensor) -> bool:

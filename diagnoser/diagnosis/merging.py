@@ -84,9 +84,9 @@ def belief(
     return (measured.causes.get(cause, 0) + PRIOR_RUNS * prior) / (measured.n + PRIOR_RUNS)
 
 
-def suspicion(severity: str, measured: Precision | None) -> float:
+def suspicion(severity: str, measured: Precision | None, *, of_check: bool = False) -> float:
     """Returns how surely a run is faulty on which a rule fires, from 0 to 1."""
-    prior = UNMEASURED[severity]
+    prior = prior_of(severity, of_check=of_check)
     if measured is None:
         return prior
     return (measured.faulty + PRIOR_RUNS * prior) / (measured.n + PRIOR_RUNS)

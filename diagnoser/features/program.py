@@ -91,6 +91,9 @@ PROGRAM: Final[tuple[Quantity, ...]] = (
     Quantity("position_share", "run",
              "spread of self-attention's inputs over positions when all hold the same content, "
              "over their usual spread: 0 where nothing tells positions apart"),
+    Quantity("positions_unused", "run",
+             "1 where nothing tells positions apart although the model has something named after "
+             "them", 1),
     Quantity("padding_influence", "run",
              "change of the outputs when the content of the padding is replaced, over their "
              "spread"),

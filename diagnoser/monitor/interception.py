@@ -248,7 +248,7 @@ class Interception:
         if getattr(scheduler, "_step_count", 0) < FIRST_OWN_STEP:  # its constructor's
             return
         if self.notes.scheduler_steps == 0 and not getattr(
-            scheduler.optimizer, "_opt_called", True
+            scheduler.optimizer, "_opt_called", False
         ):
             self.notes.scheduler_first = True
             self.notes.scheduler_place = user_line()

@@ -30,6 +30,11 @@ NO_EVALUATION = ("torch.nn.utils", "torch.optim", "diagnoser")  # where gradient
 COMPILED = "a compiled model: its calls are not seen"
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    kind = type(module).__name__
+    return kind == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
 class CallRecorder:
     """Keeps the outermost calls of the running step while it is on.
 
@@ -105,7 +110,10 @@ class CallRecorder:
 
         @functools.wraps(original)
         def call(module: Any, /, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
+            if torch.compiler.is_compiling() or threading.get_ident() != thread:
+                return original(module, *args, **kwargs)
+            if _is_compiled(module):  # before the watch began
+                recorder.end(COMPILED)
                 return original(module, *args, **kwargs)
             recorder._depth += 1
             try:

@@ -81,7 +81,7 @@ class Monitor:
         self._memory: dict[str, Any] = {}  # of checks, from step to step
         self._told: dict[str, str] = {}  # what checks could not tell, and why
         self._calls: Calls | None = None  # of the running step, if they were recorded
-        self._check_is_due = True
+        self._check_is_due: bool | None = None  # in the running step; asked before its forward
         self._models = models
         self._optimizer = optimizer
         self._probe = probe
@@ -133,6 +133,8 @@ class Monitor:
                 self._note_loss(loss)
             if self._plan and self._backwards == 1:
                 self._measure_before(loss)
+            if self._check_is_due is None:  # of the first step, which is always recorded
+                self._check_is_due = self.schedule.wants_checks(self.step)
             if self._calls is not None and self._check_is_due:
                 self._check(loss, self._calls)
                 self._check_is_due = False

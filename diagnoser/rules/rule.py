@@ -78,10 +78,10 @@ class Rule:
     repairs: tuple[SuggestedRepair, ...]
     explains: tuple[str, ...]
     ends_run: bool
-    where: str | None
-    patch: str | None
     falsepositives: tuple[str, ...]
     tests: tuple[Example, ...]
+    where: str | None = None
+    patch: str | None = None
 
     @property
     def source(self) -> str:
