@@ -99,6 +99,43 @@ BEFORE: Final[Mapping[str, Check]] = {
 }
 
 
+# Why a check that ran to its end gave no such number.
+WHY: Final[Mapping[str, str]] = {
+    "decay_to_step": "no weight decay that can be compared with a step",
+    "decayed_vectors": "the model has neither norms nor biases",
+    "batch_norm_momentum": "the model has no batch norm",
+    "not_log_probabilities": "no negative log-likelihood is the loss",
+    "target_gradient": "no regression or divergence is the loss",
+    "batch_label_entropy": "it takes two batches of eight labels, of more than one class",
+    "input_largest": "the model is given no float tensor of two dimensions",
+    "input_non_finite": "the model is given no float tensor of two dimensions",
+    "same_samples": "the batch holds fewer than three samples",
+    "same_batches": "it takes two checked steps",
+    "attention_sum_error": "no row of attention has finite weights",
+    "attention_other_axis": "no row of attention has finite weights",
+    "attention_after_softmax": "no row of attention has finite weights",
+    "attention_mask_after": "no row of attention has finite weights",
+    "attention_scale": "the scale is learned, or not both queries and keys are projected",
+    "attention_scale_normalised": "neither queries nor keys are normalised",
+    "attention_scores": "the scores of attention were not seen",
+    "half_scores": "no parameters belong to attention",
+    "padded_query_hidden": "no self-attention over padded positions",
+    "masked_rows": "scores are not masked",
+    "mask_leak": "scores are not masked",
+    "mask_margin": "no mask has a finite value",
+    "future_weight": "no self-attention is over inputs that are targets next",
+    "needless_causal": "no self-attention is in a model of one target a sample",
+    "same_query_key": "attention is not a product of queries and keys",
+    "key_value_apart": "keys or values come from no input",
+    "head_similarity": "attention has one head",
+    "scrambled_heads": "the scores of attention were not seen",
+    "tied_elsewhere": "no matrix belongs to the model",
+    "twin_units": "units are compared at the first step alone",
+    "zero_scores": "attention is not a product of queries and keys",
+    "sample_leak": "the output does not depend on the input",
+}
+
+
 def examine(seen: Seen) -> Found:
     """Runs all checks on a step; what one cannot tell, or fails at, is a reason, not an error."""
     return _run(CHECKS, seen)
@@ -120,13 +157,14 @@ def _run(checks: Mapping[str, Check], seen: Seen) -> Found:
         before = len(found.rows)
         try:
             check.run(seen, found)
-            reason = "it does not apply to this model"
+            reason = ""
         except MeasurementError as error:
             reason = str(error)
         except Exception as error:  # law 4: a mistake of ours must not end the others
             reason = f"the check failed ({error!r})"[:200]
         given = {row.quantity for row in found.rows[before:]}
-        found.unknown |= {q: reason for q in check.quantities if q not in given}
+        missing = (q for q in check.quantities if q not in given)
+        found.unknown |= {q: reason or WHY.get(q, "nothing of the kind is there") for q in missing}
     return found
 
 
