@@ -502,6 +502,63 @@ def counted() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 6), CountingNorm(), nn.Dropout(0.2), nn.Linear(6, 3))
 
 
+class Keeping(nn.Module):
+    """Its forward keeps what it computed, counts, draws, and writes into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.drop = nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Dropout(0.2)
+        self.head = nn.Linear(5, 3)
+        self.kept: list[Tensor] = []
+        self.count = 0
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs.mul_(1.5)
+        hidden = self.drop(self.norm(self.layer(inputs)))
+        hidden = hidden + 0.1 * torch.randn(hidden.shape, generator=self.generator)
+        self.kept.append(hidden)
+        self.last, self.count = hidden, self.count + 1
+        return self.head(hidden)
+
+
+@torch.no_grad()
+def evaluated(model: nn.Module) -> float:
+    inputs, labels = points()
+    return F.cross_entropy(model(inputs), labels).item()
+
+
+def scripted(scores: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(F.softmax(scores, dim=1), labels)
+
+
+def keeping(trace: Trace) -> None:
+    """Past a second check: state in the forward, evaluations, clipping, a schedule, a script."""
+    model = Keeping()
+    optimizer = adamw(model)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    trace.built(model, optimizer)
+    for step in range(23):
+        inputs, labels = points()
+        loss = nn.CrossEntropyLoss()(model(inputs), labels)
+        if step == 4:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                loss = loss + torch.jit.script(scripted)(model(inputs.clone()), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        schedule.step()
+        trace.values += [loss.item(), norm.item(), model.count, len(model.kept)]
+        trace.values += [model.last.sum().item(), inputs.sum().item()]
+        trace.values.append(model.generator.get_state().sum().item())
+        if step % 5 == 0:
+            trace.values.append(evaluated(model))
+            with torch.inference_mode():
+                trace.values.append(model(points()[0]).sum().item())
+
+
 def encoder() -> nn.Module:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
     return nn.Sequential(nn.Embedding(9, 8), layer, nn.Flatten(), nn.Linear(48, 3))
@@ -542,6 +599,7 @@ SITUATIONS: dict[str, Situation] = {
     "sparse_embedding": sparse,
     "lazy_modules": lazy,
     "numpy_and_random": sharing_a_generator,
+    "keeping_state": keeping,
 }
 # What these situations hide from a second derivative is refused, not measured wrongly.
 WITHOUT_CURVATURE = {"checkpoint_reentrant", "checkpoint_random"}
@@ -600,6 +658,7 @@ BREAKABLE = (
     (training, "step_rules"),
     (training, "find_models"),
     (training, "user_line"),
+    (training, "examine_often"),
     (sample, "norms"),
     (sample, "inner_products"),
     (sample, "row_curvature"),
@@ -623,6 +682,20 @@ def test_same_bits_when_the_monitor_fails(
     if kind is MemoryError:  # in curvature, for which there is a remedy
         told += [m for m in events(recording, "unmeasurable") if "curvature: out of memory" in m]
     assert any("injected" in message or "out of memory" in message for message in told)
+
+
+def test_same_bits_when_a_check_fails_half_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        torch.rand(3), np.random.rand(), random.random()  # noqa: NPY002
+        raise RuntimeError("injected")
+
+    expected, _ = run(SITUATIONS["keeping_state"])
+    monkeypatch.setattr(training, "examine", broken)
+    watched, recording = run(SITUATIONS["keeping_state"], tmp_path / "run", every=2)
+    assert watched == expected
+    assert len(events(recording, "monitor_error")) == 2
 
 
 @pytest.mark.parametrize("name", ["fused_attention", "checkpoint", "hooks", "retained_gradients"])
@@ -665,6 +738,13 @@ PATCHED = (
     (Tensor, "register_hook"),
     (BackwardHook, "__init__"),
     (torch.amp.grad_scaler.GradScaler, "scale"),
+    (nn.Module, "__call__"),
+    (nn.Module, "compile"),
+    (F, "cross_entropy"),
+    (torch.no_grad, "__enter__"),
+    (nn.utils, "clip_grad_norm_"),
+    (torch.optim.lr_scheduler.LRScheduler, "step"),
+    (torch, "compile"),
 )
 
 

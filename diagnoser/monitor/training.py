@@ -391,14 +391,16 @@ class Monitor:
                 self._check(loss, self._calls)
                 self._check(loss, self._calls, examine_before)
 
-    def _check(self, loss: Tensor, calls: Calls, run: Callable[[Seen], Found] = examine) -> None:
+    def _check(
+        self, loss: Tensor, calls: Calls, run: Callable[[Seen], Found] | None = None
+    ) -> None:
         """Runs the program checks on a step whose calls were recorded, before its backward."""
         begun = time.perf_counter()
         if self.subject is None:
             self._find_subject(read_graph(loss, values=False))
         assert self.subject is not None
         with self._trying("checks"), self._quietly(self.subject):
-            found = run(self._seen(loss, calls))
+            found = (run or examine)(self._seen(loss, calls))
             for what, component, where in found.places:
                 self._fact_once(what, component, _place_data(where))
             for quantity, reason in found.unknown.items():
