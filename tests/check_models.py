@@ -88,6 +88,9 @@ class Block(nn.Module):
         self.attention = Attention(mistake)
 
     def forward(self, x: Tensor, padded: Tensor) -> Tensor:
+        if self.mistake == "residual behind norm":
+            x = self.norm(x)
+            return x + self.attention(x, padded)
         mixed = self.attention(self.norm(x), padded)
         return mixed if self.mistake == "no residual" else x + mixed
 

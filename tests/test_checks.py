@@ -55,6 +55,7 @@ SEEN = [
     ("half_scores", "half", 1.0, 0.0),
     ("norm_missing", "no norm", 1.0, 0.0),
     ("residual_missing", "no residual", 1.0, 0.0),
+    ("residual_normalised", "residual behind norm", 1.0, 0.0),
     ("tied_elsewhere", "tied", 1.0, 0.0),
     ("needless_causal", "causal", 1.0, 0.0),
 ]
@@ -183,6 +184,79 @@ def test_other_inputs_than_the_models_own_are_told_for_keys_and_values():
         output = model(x, memory)
         found = checked(model, x, memory, loss=output.square().mean(), output=output)
         assert numbers(found, "key_value_apart") == [float(wrong)]
+
+
+class PostNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(WIDTH, 4, 32, batch_first=True) for _ in range(2)
+        )
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(1))
+
+
+def test_norms_behind_blocks_are_no_misplaced_residuals_and_are_not_missing():
+    torch.manual_seed(0)
+    tokens, target = batch()
+    found = checked(PostNorm(), tokens, target=target)
+    assert numbers(found, "residual_normalised") == [0.0, 0.0]
+    assert numbers(found, "norm_missing") == [0.0, 0.0]
+    assert numbers(found, "residual_missing") == [0.0, 0.0]
+    model = PostNorm()
+    model.layers[1].norm1, model.layers[1].norm2 = nn.Identity(), nn.Identity()
+    assert numbers(checked(model, tokens, target=target), "norm_missing") == [0.0, 1.0]
+
+
+class TwoStreams(nn.Module):
+    def __init__(self, early):
+        super().__init__()
+        self.early = early
+        self.cross = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+
+    def forward(self, a, b):
+        new = a + self.cross(a, b, b)[0]
+        other = new if self.early else a
+        return new, b + self.cross(b, other, other)[0]
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_stream_that_is_updated_too_early_is_told_from_two_that_are_treated_alike(early):
+    torch.manual_seed(0)
+    model, a, b = TwoStreams(early), torch.randn(4, 5, WIDTH), torch.randn(4, 6, WIDTH)
+    output = model(a, b)
+    loss = sum(x.square().mean() for x in output)
+    found = checked(model, a, b, loss=loss, output=output)
+    assert max(numbers(found, "updated_stream")) == float(early)
+
+
+@pytest.mark.parametrize("by_feature", [True, False])
+def test_attention_by_feature_is_told_from_one_weight_a_position(by_feature):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+            self.projection = nn.Linear(WIDTH, WIDTH)
+            self.context = nn.Parameter(torch.randn(WIDTH))
+            self.head = nn.Linear(WIDTH, CLASSES)
+
+        def forward(self, tokens):
+            x = self.embedding(tokens)
+            scores = torch.tanh(self.projection(x)) * self.context
+            if not by_feature:
+                scores = scores.sum(-1, keepdim=True).expand_as(x)
+            return self.head((scores.softmax(1) * x).sum(1))
+
+    torch.manual_seed(0)
+    tokens, target = batch()
+    found = checked(Pooled(), tokens, target=target)
+    assert numbers(found, "attention_by_feature") == [float(by_feature)]
 
 
 # -- loss, data, modes, optimizers ----------------------------------------------------------------

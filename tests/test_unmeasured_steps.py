@@ -83,6 +83,9 @@ class Never(Schedule):
     def plan(self, step: int) -> Plan:
         return Plan()
 
+    def wants_checks(self, step: int) -> bool:
+        return False
+
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 STEPS = 60

@@ -57,6 +57,7 @@ CHECKS: Final[Mapping[str, Check]] = {
             "attention_other_axis",
             "attention_after_softmax",
             "attention_mask_after",
+            "attention_by_feature",
         ),
     ),
     "attention-scale": Check(
@@ -75,6 +76,8 @@ CHECKS: Final[Mapping[str, Check]] = {
     "head-layout": Check(attention.head_layout, ("scrambled_heads",)),
     "norms": Check(structure.norms, ("norm_missing",)),
     "residuals": Check(structure.residuals, ("residual_missing",)),
+    "residual-source": Check(structure.residual_source, ("residual_normalised",)),
+    "streams": Check(structure.streams, ("updated_stream",)),
     "ties": Check(structure.ties, ("tied_elsewhere",)),
     "units": Check(structure.units, ("twin_units",)),
     "saddles": Check(structure.saddles, ("zero_scores",)),

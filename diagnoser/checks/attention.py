@@ -38,7 +38,8 @@ def softmax_axis(seen: Seen, found: Found) -> None:
     ``attention_sum_error``: how far the weights of a query are from summing to one, on average.
     ``attention_other_axis``: 1 where they do so over another axis (the queries, the heads, the
     batch). ``attention_after_softmax``: 1 where all rows sum to one and the same other number: a
-    scale behind the softmax. ``attention_mask_after``: 1 where a mask is applied behind it, so that
+    scale behind the softmax. ``attention_by_feature``: 1 where every feature of the values has
+    weights of its own. ``attention_mask_after``: 1 where a mask is applied behind it, so that
     rows with hidden positions sum to less.
 
     Source: NeuraLint's and DEFault++'s operators; PetrochukM/PyTorch-NLP#2.
@@ -46,9 +47,11 @@ def softmax_axis(seen: Seen, found: Found) -> None:
     Costs: nothing beyond the trace.
     """
     error, axis, scaled, mask = [], [], [], []
+    by_feature = []
     for name, attention in seen.attentions:
         weights = _some(attention.weights)
         found.place("attention", attention.place or seen.main.place, name)
+        by_feature.append((name, float(attention.by_feature)))
         if "mask" in attention.after and bool(torch.isneginf(weights).any()):
             mask.append((name, 1.0))  # a fill of minus infinity belongs before the softmax
             continue
@@ -70,6 +73,7 @@ def softmax_axis(seen: Seen, found: Found) -> None:
     for quantity, rows in (
         ("attention_sum_error", error), ("attention_other_axis", axis),
         ("attention_after_softmax", scaled), ("attention_mask_after", mask),
+        ("attention_by_feature", by_feature),
     ):  # fmt: skip
         for name, value in _merged(rows).items():
             found.component(quantity, name, value)
@@ -104,7 +108,7 @@ def attention_scale(seen: Seen, found: Found) -> None:
                 scores.append((name, float(centred.square().mean().sqrt())))
         if attention.width < 2 or attention.learned_scale or _keys_are_values(attention):
             continue
-        if not attention.key_parameters or not _two_sided(attention):
+        if not attention.key_parameters or not attention.is_product:
             continue
         ratio = attention.scale * math.sqrt(attention.width)
         (normalised if attention.normalised else plain).append((name, ratio))
@@ -149,23 +153,6 @@ def _keys_are_values(attention: Attention) -> bool:
     return any(
         form.shape == values.shape and torch.equal(form, values)
         for form in (keys, keys.transpose(-2, -1) if keys.ndim > 1 else keys)
-    )
-
-
-def _two_sided(attention: Attention) -> bool:
-    """Whether both queries and keys are computed; a context vector of additive attention is not."""
-    scores, sides = attention.scores, attention.sides
-    if scores is None or sides is None or _is_linear(attention):
-        return False
-    query, key = (scores.inputs[side] for side in sides)
-    several = query.ndim > 2 or query.shape[0] > 1 < key.shape[-1]
-    return several and all(scores.sources[side] >= 0 for side in sides)
-
-
-def _is_linear(attention: Attention) -> bool:
-    """Whether the scores are a linear map of one input: its other side is a parameter."""
-    return any(
-        parameter.ndim == 2 and min(parameter.shape) == 1 for parameter in attention.key_parameters
     )
 
 
@@ -367,7 +354,7 @@ def sources(seen: Seen, found: Found) -> None:
     same, apart, heads = [], [], []
     for name, attention in seen.attentions:
         scores, sides = attention.scores, attention.sides
-        if scores and sides and attention.width > 1 and not _is_linear(attention):
+        if scores and sides and attention.width > 1 and attention.is_product:
             query, key = (scores.inputs[side] for side in sides)
             if attention.softmax is not scores:
                 key = key.transpose(-2, -1) if key.ndim > 1 else key

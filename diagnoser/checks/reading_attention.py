@@ -60,6 +60,7 @@ class Attention:
     hidden: Tensor | None = None  # what masks hide, like the weights
     after: tuple[str, ...] = ()
     factor_after: float = 1.0
+    by_feature: bool = False  # every feature of the values has weights of its own
     parameters: list[Tensor] = field(default_factory=list)
     query_parameters: list[Tensor] = field(default_factory=list)
     key_parameters: list[Tensor] = field(default_factory=list)
@@ -77,6 +78,18 @@ class Attention:
     def query(self) -> Tensor | None:
         """The queries, (..., queries, width)."""
         return self.scores.inputs[self.sides[0]] if self.scores and self.sides else None
+
+    @property
+    def is_product(self) -> bool:
+        """Whether its scores are products of queries and keys, not a linear map of one input."""
+        scores, sides = self.scores, self.sides
+        if scores is None or sides is None:
+            return False
+        if any(p.ndim == 2 and min(p.shape) == 1 for p in self.key_parameters):
+            return False
+        query, key = (scores.inputs[side] for side in sides)
+        several = query.ndim > 2 or query.shape[0] > 1 < key.shape[-1]
+        return several and all(scores.sources[side] >= 0 for side in sides)
 
     @property
     def is_self(self) -> bool:
@@ -142,6 +155,7 @@ def _written(trace: Trace, softmax: Operation) -> Attention | None:
         attention = Attention(
             softmax.index, softmax.place or product.place, softmax, product, weights,
             values=_other_factor(product, position), after=after, factor_after=factor,
+            by_feature=_by_feature(product, position),
         )  # fmt: skip
         _read_logits(trace, attention)
         return attention
@@ -198,6 +212,16 @@ def _sum_of(trace: Trace, product: Operation) -> Operation | None:
         ),
         None,
     )
+
+
+def _by_feature(product: Operation, position: int) -> bool:
+    values = _other_factor(product, position)
+    if product.name != "mul" or values is None or values.ndim < 3:  # noqa: PLR2004
+        return False
+    weights = product.inputs[position]
+    apart = weights.shape == values.shape and weights.shape[-1] > 1
+    # Expanded weights say the same for every feature.
+    return apart and not bool((weights == weights[..., :1]).all())
 
 
 def _other_factor(product: Operation, position: int) -> Tensor | None:

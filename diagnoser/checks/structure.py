@@ -28,15 +28,18 @@ def _stack(seen: Seen) -> list[tuple[str, Attention]]:
 def norms(seen: Seen, found: Found) -> None:
     """Finds attention layers without a norm.
 
-    ``norm_missing``: 1 where nothing is normalised in a model of several layers, or where a layer
-    has fewer norms than others in the same list of layers.
+    ``norm_missing``: 1 where nothing is normalised between several attentions that follow each
+    other, or where a layer has fewer norms than others in the same list of layers.
 
     Source: hust-linyi/CAT-Net#6, DEFault++ (layernorm operators), benchmark operator N1.
     Cannot see: models of one layer; norms written by hand other than by a root or a norm.
     Costs: nothing beyond the trace.
     """
-    stack = _stack(seen)
-    none = not any(operation.name in NORMS for operation in seen.trace.operations)
+    stack = [(name, a) for name, a in seen.attentions if a.width > 1 and a.is_product]
+    if len(stack) < 2:
+        raise MeasurementError("fewer than two attentions of queries and keys")
+    between = seen.trace.operations[stack[0][1].index : stack[-1][1].index]
+    none = not any(operation.name in NORMS for operation in between)
     modules = dict(seen.main.module.named_modules(remove_duplicate=False))
     for name in dict.fromkeys(name for name, _ in stack):
         found.component("norm_missing", name, none or _fewer_norms(modules, name))
@@ -79,6 +82,15 @@ def residuals(seen: Seen, found: Found) -> None:
 
 
 def _goes_around(seen: Seen, attention: Attention, end: int) -> bool:
+    return _residual(seen, attention, end) is not None
+
+
+def _residual(seen: Seen, attention: Attention, end: int) -> tuple[Operation, int] | None:
+    """Finds where the input of an attention is added to what it gives.
+
+    Returns:
+        The addition, and the operation that its other operand comes from (-1: it was given).
+    """
     trace = seen.trace
     before = {o.index for o in trace.ancestors(attention.scores)}
     queue, known = [attention.product], {attention.product.index}
@@ -86,19 +98,19 @@ def _goes_around(seen: Seen, attention: Attention, end: int) -> bool:
         for consumer in trace.consumers(operation):
             if consumer.index >= end or consumer.index in known:
                 continue
-            if consumer.name in ("add", "cat", "add_layer_norm") and len(consumer.inputs) > 1:
-                others = [s for s in consumer.sources if s >= 0 and s != operation.index]
-                given = [
-                    t for t, s in zip(consumer.inputs, consumer.sources, strict=True)
-                    if s < 0 and id(t) in seen.given
-                ]  # fmt: skip
-                if given or any(
-                    s in before or _comes_from(seen, s, before, attention) for s in others
-                ):
-                    return True
+            if consumer.name in ("add", "cat") and len(consumer.inputs) > 1:
+                for tensor, source in zip(consumer.inputs, consumer.sources, strict=True):
+                    if source == operation.index:
+                        continue
+                    if source < 0 and id(tensor) in seen.given:
+                        return consumer, source
+                    if source >= 0 and (
+                        source in before or _comes_from(seen, source, before, attention)
+                    ):
+                        return consumer, source
             known.add(consumer.index)
             queue.append(consumer)
-    return False
+    return None
 
 
 def _comes_from(seen: Seen, source: int, before: set[int], attention: Attention) -> bool:
@@ -109,6 +121,79 @@ def _comes_from(seen: Seen, source: int, before: set[int], attention: Attention)
         if operation.index in before:
             return True
     return False
+
+
+def residual_source(seen: Seen, found: Found) -> None:
+    """Finds residuals that are taken behind the norm instead of before it.
+
+    ``residual_normalised``: 1 where what is added to every attention's result comes out of a norm,
+    although the last sum of the model is not normalised: neither the norm before a block (then the
+    sum takes what came before it) nor the norm behind one (then the last is normalised).
+
+    Source: SHI-Labs/Compact-Transformers#25, lbcb-sci/RiNALMo#9.
+    Cannot see: models of one layer; a final norm that is there all the same.
+    Costs: nothing beyond the trace.
+    """
+    stack = _stack(seen)
+    bounds = [a.index for _, a in stack[1:]] + [len(seen.trace.operations)]
+    sums = [_residual(seen, a, end) for (_, a), end in zip(stack, bounds, strict=True)]
+    known = [s for s in sums if s is not None]
+    if len(known) < len(sums):
+        raise MeasurementError("not every attention has a residual")
+    from_norm = [_made_by_norm(seen, source) for _, source in known]
+    after = seen.trace.operations[known[-1][0].index :]
+    open_end = not any(operation.name in NORMS for operation in after[-_last_sum(after) :])
+    value = all(from_norm) and open_end
+    for name in dict.fromkeys(name for name, _ in stack):
+        found.component("residual_normalised", name, value)
+
+
+def _made_by_norm(seen: Seen, source: int) -> bool:
+    operation = seen.trace.operations[source] if source >= 0 else None
+    while operation is not None and operation.name in SHAPE_ONLY:
+        operation = seen.trace.producer(operation, 0)
+    return operation is not None and operation.name in NORMS
+
+
+def _last_sum(operations: list[Operation]) -> int:
+    """How many operations come from the last addition of two equally large tensors on."""
+    for count, operation in enumerate(reversed(operations), start=1):
+        if operation.name == "add" and len(operation.inputs) > 1:
+            one, other = operation.inputs[:2]
+            if one.shape == other.shape and one.ndim > 2:
+                return count
+    return len(operations)
+
+
+def streams(seen: Seen, found: Found) -> None:
+    """Finds two streams of which one is updated before the other has read it.
+
+    ``updated_stream``: 1 where two cross-attentions share their weights, the second one's keys come
+    out of the first and its queries do not: the streams are not treated alike.
+
+    Source: zju3dv/LoFTR#176, georgepar/slp#26.
+    Cannot see: streams with weights of their own.
+    Costs: nothing beyond the trace.
+    """
+    crossing = [(n, a) for n, a in seen.attentions if a.is_product and a.width > 1]
+    told = []
+    for i, (name, second) in enumerate(crossing):
+        sides = second.sides
+        if second.scores is None or sides is None or not second.key_parameters:
+            continue
+        keys, queries = (
+            {o.index for o in seen.trace.ancestors(seen.trace.producer(second.scores, side))}
+            for side in (sides[1], sides[0])
+        )
+        for _, first in crossing[:i]:
+            same = {id(p) for p in first.key_parameters} & {id(p) for p in second.key_parameters}
+            if same:
+                at = first.product.index
+                told.append((name, float(at in keys and at not in queries)))
+    if not told:
+        raise MeasurementError("no two attentions share their weights")
+    for name in dict.fromkeys(name for name, _ in told):
+        found.component("updated_stream", name, max(v for n, v in told if n == name))
 
 
 def ties(seen: Seen, found: Found) -> None:

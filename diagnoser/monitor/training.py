@@ -406,7 +406,7 @@ class Monitor:
             for quantity, reason in found.unknown.items():
                 if self._told.get(quantity) != reason:
                     self._told[quantity] = reason
-                    self.log.fact(self.step, "unknown", quantity, math.nan, {"reason": reason})
+                    self.log.fact(self.step, "unknown", quantity, 1.0, {"reason": reason})
             self.log.measurement(self.step, found.rows, time.perf_counter() - begun)
             self.measurements += 1
         self.schedule.account_checks(time.perf_counter() - begun)
