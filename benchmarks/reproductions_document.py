@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from benchmarks.ablation_document import table
 from benchmarks.reproductions import HALVES, HARM, Reproduction, load
-from benchmarks.reproductions_runs import ROOT, Row, current, read_rows, watched_path
+from benchmarks.reproductions_runs import PUBLISHED, ROOT, Row, current, read_rows, watched_path
 from diagnoser.benchmark.intervals import wilson
 from diagnoser.classifier import to_blame
 
@@ -135,6 +135,22 @@ def figures(halves: Sequence[str] = HALVES) -> str:
     return "\n".join([*lines, *(f"* {note}" for note in notes)])
 
 
+def judges(half: str) -> str:
+    """The same figures for every judge of the same logs, in the same order of names."""
+    known, harms, rows = read(half)
+    if not rows:
+        return NOT_YET
+    by_judge = {"diagnoser": rows}
+    for family in PUBLISHED:
+        own = [{**row, **row["others"][family]} for row in rows if family in row["others"]]
+        by_judge[family] = own
+    lines = []
+    for name, own in by_judge.items():
+        found = shares(known, harms, own)
+        lines.append([name, *(str(figure or "") for figure in found.values())])
+    return table(["judge", *shares(known, harms, rows)], lines)
+
+
 def counted(
     half: str, known: Mapping[str, Reproduction], harms: Mapping[str, Row], rows: Sequence[Row]
 ) -> str:
@@ -215,5 +231,6 @@ def _plain(text: str) -> str:
 
 BLOCKS: Final[Mapping[str, Callable[[], str]]] = {
     "figures": figures,
+    **{f"{half} judges": functools.partial(judges, half) for half in HALVES},
     **{f"{half} scripts": functools.partial(scripts, half) for half in HALVES},
 }

@@ -24,11 +24,14 @@ from typing import Any, Final
 from diagnoser.benchmark.configuration import code_digest
 from diagnoser.benchmark.harm import OK
 from diagnoser.benchmark.results import write_whole
+from diagnoser.diagnosis import DEFAULT_FAMILIES, FAMILIES, default_rules, diagnose
+from diagnoser.runlog import read_run
 
 ROOT: Final = Path(__file__).parents[1]
 FOLDER: Final = ROOT / "cases" / "reproductions"
 RESULTS: Final = ROOT / "benchmarks" / "results"
 RUNS: Final = RESULTS / "reproductions-runs.json"
+PUBLISHED: Final = tuple(family for family in FAMILIES if family not in DEFAULT_FAMILIES)
 FORMS: Final = ("faulty", "fixed")
 NOT_JUDGING: Final = ("benchmark", "injection")  # rooms that no watched run passes through
 
@@ -122,6 +125,7 @@ def watch(name: str, form: str, seed: int) -> Row:
         done = execute(["-m", "diagnoser.cli", "run", "--out", str(path), *script])
         file = path / "diagnosis.json"
         said = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        others = {family: _by_family(path, family) for family in PUBLISHED} if said else {}
     return {
         "exit_code": done.exit_code,
         "plain_exit_code": plain.exit_code,
@@ -132,6 +136,17 @@ def watch(name: str, form: str, seed: int) -> Row:
         "verdict": said["verdict"] if said else "none",
         "causes": [[c["cause"], c["component"]] for c in said["causes"]] if said else [],
         "findings": [_finding(f) for f in said["findings"]] if said else [],
+        "others": others,
+    }
+
+
+def _by_family(run: Path, family: str) -> Row:
+    """Returns what a family of published rules says of the same log."""
+    diagnosis = diagnose(read_run(run), default_rules(family))
+    return {
+        "verdict": diagnosis.verdict,
+        "causes": [[c.cause, c.component] for c in diagnosis.causes],
+        "findings": [{"component": f.component} for f in diagnosis.findings],
     }
 
 
