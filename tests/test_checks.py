@@ -105,6 +105,8 @@ def test_a_scale_that_is_learned_is_nobodys_mistake():
 def test_samples_that_depend_on_each_other_leak():
     assert numbers(classified("batch mean"), "sample_leak")[0] > 0.01
     assert numbers(classified("batch"), "sample_leak")[0] > 0.001
+    mixed = [r.component for r in classified("batch").rows if r.quantity == "sample_leak_begins"]
+    assert mixed == ["blocks.0.attention"]
     assert numbers(classified(""), "sample_leak") == [0.0]
 
 

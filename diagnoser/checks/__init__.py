@@ -83,7 +83,9 @@ CHECKS: Final[Mapping[str, Check]] = {
     "saddles": Check(structure.saddles, ("zero_scores",)),
     "saturation": Check(structure.saturation, ("saturated_share",)),
     "output-layer": Check(structure.output_layer, ("output_normalised",)),
-    "sample-leak": Check(probes.sample_leak, ("sample_leak", "input_influence")),
+    "sample-leak": Check(
+        probes.sample_leak, ("sample_leak", "sample_leak_begins", "input_influence")
+    ),
     "order-blind": Check(probes.order_blind, ("position_share", "positions_unused")),
     "padding-content": Check(probes.padding_content, ("padding_influence",)),
     "future": Check(probes.future, ("future_influence",)),
@@ -136,6 +138,7 @@ WHY: Final[Mapping[str, str]] = {
     "twin_units": "units are compared at the first step alone",
     "zero_scores": "attention is not a product of queries and keys",
     "sample_leak": "the output does not depend on the input",
+    "sample_leak_begins": "samples do not depend on each other",
 }
 
 

@@ -28,7 +28,7 @@ def _spread(output: Tensor) -> float:
     return float((value - value.mean()).square().mean().sqrt())
 
 
-def _swapped(seen: Seen, axis: int) -> Tensor:
+def _swapped(seen: Seen, axis: int, trace: Trace | None = None) -> Tensor:
     """Runs the model with the first slice along an axis of its inputs replaced by the last."""
     size = next(t.shape[axis] for t in seen.main.inputs if t.ndim > axis)
 
@@ -40,7 +40,7 @@ def _swapped(seen: Seen, axis: int) -> Tensor:
         return new
 
     args, kwargs = changed(seen.main.args, change), changed(dict(seen.main.kwargs), change)
-    return first_float(seen.replica.run(args, kwargs))
+    return first_float(seen.replica.run(args, kwargs, trace=trace))
 
 
 def _changes_along(before: Tensor, after: Tensor, axis: int) -> tuple[float, float]:
@@ -57,6 +57,7 @@ def _changes_along(before: Tensor, after: Tensor, axis: int) -> tuple[float, flo
 def sample_leak(seen: Seen, found: Found) -> None:
     """Finds samples that depend on each other, and outputs that do not depend on the input.
 
+    ``sample_leak_begins``: the same as the next, of the attention behind which it is first seen.
     ``sample_leak``: how much the outputs of other samples change when the first sample is replaced
     by the last, over how much its own changes. ``input_influence``: how much its own output
     changes, over the spread of the outputs (0: the same answer to every input).
@@ -64,7 +65,7 @@ def sample_leak(seen: Seen, found: Found) -> None:
     Source: DEFault++ (cross-example leak), TheDeepChecker (input dependency).
     Cannot see: a batch axis that is not the first (it says so), leaks in train mode alone (batch
     norm, contrastive losses).
-    Costs: one forward, two where it finds a leak.
+    Costs: one forward, three where it finds a leak.
     """
     base = first_float(seen.outputs)
     size = seen.batch
@@ -81,6 +82,31 @@ def sample_leak(seen: Seen, found: Found) -> None:
     if own > NOISE * spread > 0:
         found.run("sample_leak", others / own if leaks else 0.0)
         found.place("model", seen.main.place)
+    if leaks:
+        trace = Trace()
+        _swapped(seen, 0, trace)
+        place = _where_it_begins(seen, trace, size)
+        if place is not None:
+            found.component("sample_leak_begins", place, others / own)
+
+
+def _where_it_begins(seen: Seen, changed_run: Trace, size: int) -> str | None:
+    """Returns the attention behind which the other samples of two runs first differ."""
+    for one, other in zip(seen.trace.operations, changed_run.operations, strict=False):
+        before, after = one.result, other.result
+        if one.name != other.name or before.shape != after.shape:
+            return None
+        if not before.is_floating_point() or not before.ndim or before.shape[0] != size:
+            continue
+        change = (after - before)[1:].abs()
+        if bool((change > NOISE * before.abs().amax()).any()):
+            behind = [name for name, a in seen.attentions if a.scores and a.index <= one.index]
+            return (
+                behind[-1]
+                if behind
+                else seen.layer_of(seen.trace.nearest(one, list(seen.parameters.values())))
+            )
+    return None
 
 
 def order_blind(seen: Seen, found: Found) -> None:

@@ -100,8 +100,8 @@ def _residual(seen: Seen, attention: Attention, end: int) -> tuple[Operation, in
                 continue
             if consumer.name in ("add", "cat") and len(consumer.inputs) > 1:
                 for tensor, source in zip(consumer.inputs, consumer.sources, strict=True):
-                    if source == operation.index:
-                        continue
+                    if source == operation.index or not bool(tensor.any()):
+                        continue  # itself, or zeros, which carry nothing around
                     if source < 0 and id(tensor) in seen.given:
                         return consumer, source
                     if source >= 0 and (

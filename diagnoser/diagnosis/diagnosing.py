@@ -249,6 +249,7 @@ def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Ex
         (f for f in findings if rules[rule_of(f)].explains),
         key=lambda f: (
             not (_of_check(f) and is_grave(f.severity)),
+            _of_check(f) and f.component == MODEL,  # a place explains what a probe saw, not reverse
             -severity_rank(f.severity),
             f.since_step,
             f.source,

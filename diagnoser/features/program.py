@@ -92,6 +92,8 @@ PROGRAM: Final[tuple[Quantity, ...]] = (
     # probes
     Quantity("sample_leak", "run",
              "change of other samples' outputs when one sample is replaced, over its own"),
+    Quantity("sample_leak_begins", "component",
+             "the same, of the attention behind which other samples are first seen to change"),
     Quantity("input_influence", "run",
              "change of a sample's output when it is replaced, over the spread of all outputs"),
     Quantity("position_share", "run",
