@@ -420,7 +420,7 @@ class Monitor:
             unscaled(loss),
             subject.parameters,
             subject.layer_of,
-            list(self._optimizers()),
+            list({id(o): o for o in (*self._optimizers(), *self._books.optimizers)}.values()),
             self._memory,
         )
 
