@@ -151,6 +151,7 @@ def _by_rules(
 
 def _claims(explained: Sequence[_Explained], recording: Recording) -> tuple[Claim, ...]:
     order = {component.name: component.order for component in recording.components}
+    last = len(recording.components)  # what has no place comes behind what has one
     return tuple(
         Claim(
             rule=rule_of(item.finding),
@@ -159,7 +160,7 @@ def _claims(explained: Sequence[_Explained], recording: Recording) -> tuple[Clai
             since_step=item.finding.since_step,
             causes=tuple(cause.cause for cause in item.finding.causes),
             under=item.cause if item.is_symptom else None,
-            order=order.get(item.finding.component, 0),
+            order=order.get(item.finding.component, last),
             of_check=_of_check(item.finding),
         )
         for item in explained
