@@ -95,11 +95,51 @@ def test_units_that_start_alike_are_counted_once():
     assert "twin_units" in later.unknown
 
 
+def test_queries_that_start_smaller_make_up_for_a_scale_that_is_missing():
+    torch.manual_seed(0)
+    tokens, target = batch()
+    model = Classifier("unscaled")
+    plain = numbers(checked(model, tokens, target=target), "attention_excess")
+    for block in model.blocks:
+        for parameter in block.attention.query.parameters():
+            parameter.data.mul_(0.5)  # the root of the width of a head
+    smaller = numbers(checked(model, tokens, target=target), "attention_excess")
+    scaled = numbers(classified(""), "attention_excess")
+    assert smaller == pytest.approx(scaled, rel=0.3)
+    assert plain == pytest.approx([2 * value for value in smaller], rel=0.3)
+
+
 def test_a_scale_that_is_learned_is_nobodys_mistake():
     assert numbers(classified("learned"), "attention_scale") == []
 
 
 # -- probes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mistake", ["", "batch", "no positions", "pooled padding"])
+def test_a_probe_runs_the_model_twice_at_most(mistake, monkeypatch):
+    runs = []
+    original = Replica.run
+    monkeypatch.setattr(
+        Replica, "run", lambda *args, **kwargs: (runs.append(1), original(*args, **kwargs))[1]
+    )
+    counted = {}
+
+    def counting(name, check):
+        def run(seen, found):
+            before = len(runs)
+            try:
+                check.run(seen, found)
+            finally:
+                counted[name] = len(runs) - before
+
+        return dataclasses.replace(check, run=run)
+
+    changed = {name: counting(name, check) for name, check in CHECKS.items()}
+    monkeypatch.setattr("diagnoser.checks.CHECKS", changed)
+    classified(mistake)
+    assert max(counted.values()) <= 2
+    assert sum(counted.values()) <= 7
 
 
 def test_samples_that_depend_on_each_other_leak():

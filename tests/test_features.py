@@ -71,6 +71,9 @@ KNOWN = {
         {"model": [0, 1, 4]},
     ),
     "at_the_end": case(CLOCK, {"model": [0, 0, 0, 1]}, losses=[1.0] * 16, ended=True),
+    "initial_attention_excess": case(
+        {"attention_excess": {"a": [None, 2.8, 2.0]}}, {"a": [2.8, 2.8, 2.8]}
+    ),
     "initial_attention_scores": case(
         {"attention_scores": {"a": [None, 0.5, 2.0]}}, {"a": [0.5, 0.5, 0.5]}
     ),

@@ -16,7 +16,10 @@ from diagnoser.features.published import OF_PUBLISHED
 
 T = TypeVar("T")
 
-OF_CHECKS: Final = PROGRAM_NAMES | {"initial_attention_scores"}  # P: of the program
+OF_CHECKS: Final = PROGRAM_NAMES | {
+    "initial_attention_scores",
+    "initial_attention_excess",
+}  # P: of the program
 FAMILIES: Final = ("L", "G", "A", "H")  # loss, gradients and program, attention and inputs, Hessian
 OF_LOSS: Final = ("loss_", "initial_loss_", "non_finite_loss", "accuracy")
 OF_FORWARD: Final = ("attention_", "initial_attention_", "entropy_", "empty_rows", "input_")

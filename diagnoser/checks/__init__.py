@@ -62,7 +62,7 @@ CHECKS: Final[Mapping[str, Check]] = {
     ),
     "attention-scale": Check(
         attention.attention_scale,
-        ("attention_scale", "attention_scale_normalised", "attention_scores"),
+        ("attention_scale", "attention_scale_normalised", "attention_scores", "attention_excess"),
     ),
     "score-precision": Check(attention.score_precision, ("half_scores",)),
     "padding-mask": Check(
@@ -123,6 +123,7 @@ WHY: Final[Mapping[str, str]] = {
     "attention_scale": "the scale is learned, or not both queries and keys are projected",
     "attention_scale_normalised": "neither queries nor keys are normalised",
     "attention_scores": "the scores of attention were not seen",
+    "attention_excess": "the keys of attention were not seen, or are zero",
     "half_scores": "no parameters belong to attention",
     "padded_query_hidden": "no self-attention over padded positions",
     "masked_rows": "scores are not masked",

@@ -87,13 +87,16 @@ def attention_scale(seen: Seen, found: Found) -> None:
     normalised, the scale is learned, or keys are the values themselves (Luong et al. 2015 do not
     scale). ``attention_scale_normalised``: the same where they are
     normalised. ``attention_scores``: root mean square of the scores before the softmax, less their
-    mean over the keys.
+    mean over the keys. ``attention_excess``: the same over what it is where queries are as large as
+    keys, independent of them, and scaled: their mean square. It is 1 where smaller queries make up
+    for a scale that is missing (T5).
 
     Source: cases of a forgotten, doubled or wrong scale (mlc-llm#3426, maxtext#1349).
     Cannot see: a scale folded into weights at initialisation, except by `attention_scores`.
     Costs: nothing beyond the trace.
     """
     plain: list[tuple[str, float]] = []
+    excess: list[tuple[str, float]] = []
     normalised: list[tuple[str, float]] = []
     scores: list[tuple[str, float]] = []
     for name, attention in seen.attentions:
@@ -106,6 +109,7 @@ def attention_scale(seen: Seen, found: Found) -> None:
             if len(part):
                 centred = part - part.mean(-1, keepdim=True)
                 scores.append((name, float(centred.square().mean().sqrt())))
+                excess.append((name, scores[-1][1] / _size_of_keys(attention) ** 2))
         if attention.width < 2 or attention.learned_scale or _keys_are_values(attention):
             continue
         if not attention.key_parameters or not attention.is_product:
@@ -114,7 +118,7 @@ def attention_scale(seen: Seen, found: Found) -> None:
         (normalised if attention.normalised else plain).append((name, ratio))
     for quantity, rows in (
         ("attention_scale", plain), ("attention_scale_normalised", normalised),
-        ("attention_scores", scores),
+        ("attention_scores", scores), ("attention_excess", excess),
     ):  # fmt: skip
         far: dict[str, float] = {}
         for name, value in rows:
@@ -141,6 +145,15 @@ def score_precision(seen: Seen, found: Found) -> None:
         own = {p.dtype for p in (*attention.parameters, *attention.value_parameters)}
         if own:
             found.component("half_scores", name, scores == torch.float16 and scores not in own)
+
+
+def _size_of_keys(attention: Attention) -> float:
+    """Root mean square of the keys' elements; NaN where they were not seen or are zero."""
+    scores, sides = attention.scores, attention.sides
+    if scores is None or sides is None:
+        return math.nan
+    size = float(scores.inputs[sides[1]].float().square().mean().sqrt())
+    return size if size > 0 else math.nan
 
 
 def _keys_are_values(attention: Attention) -> bool:

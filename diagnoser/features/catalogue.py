@@ -647,9 +647,16 @@ FEATURES: Final[Mapping[str, Entry]] = {
         entry(
             "initial_attention_scores",
             "component",
-            f.initial_scores,
+            f.initial("attention_scores"),
             ("attention_scores",),
             "root mean square of the scores, less their mean, at the first check",
+        ),
+        entry(
+            "initial_attention_excess",
+            "component",
+            f.initial("attention_excess"),
+            ("attention_excess",),
+            "the same over what scaled scores of queries as large as the keys have",
         ),
         *(
             entry(

@@ -407,11 +407,6 @@ def filled(values: Array) -> Array:
     return np.where(at >= 0, values[rows, np.maximum(at, 0)], np.nan)
 
 
-def initial_scores(s: Source) -> Column:
-    first = first_known(s.component("attention_scores").value)
-    return Column.exact(np.broadcast_to(first, (len(s.names), len(s.steps))).copy())
-
-
 def rate_growth(s: Source) -> Column:
     """Of the median component: learning rate over its first that is not zero."""
     rate = median_over_components(s.component("learning_rate").value)

@@ -43,6 +43,9 @@ PROGRAM: Final[tuple[Quantity, ...]] = (
              "the same where queries or keys are normalised before their product"),
     Quantity("attention_scores", "component",
              "root mean square of the scores before the softmax, less their mean over the keys"),
+    Quantity("attention_excess", "component",
+             "the same over the mean square of the keys: 1 where queries are as large as keys and "
+             "scores are scaled"),
     Quantity("padding_weight", "component",
              "share of attention on padded keys over their share of all keys: 0 where a mask "
              "hides them, 1 where nothing does"),

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 GUARANTEED_STATISTICS = (0, 2, 5, 10, 20, 35, 50, 75, 100, 125, 150, 175, 198)
-GUARANTEED_CHECKS = (0, 20, 100)
+GUARANTEED_CHECKS = (0, 20)
 GUARANTEED_CURVATURE = (0, 5, 10, 20, 50, 75, 125, 175)
 SMALL_STEP_S = 0.030  # below this a step is small, and the budget is a fixed time a step
 SMALL_STEP_BUDGET_S = 100e-6
