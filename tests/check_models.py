@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diagnoser.checks import Call, Calls, Found, Seen, examine
+from diagnoser.checks import Call, Calls, Found, LossCall, Seen, examine
 from diagnoser.monitor.subject import Subject
 
 VOCABULARY, WIDTH, HEADS, LENGTH, CLASSES, PADDING = 20, 16, 4, 9, 3, 0
@@ -145,13 +146,14 @@ def checked(
     output: object = None,
     optimizer: torch.optim.Optimizer | None = None,
     step: int = 0,
+    losses: Sequence[LossCall] = (),
 ) -> Found:
     """Runs all checks on one call of a model, as the monitor would."""
     given = model(*inputs) if output is None else output
     if loss is None:
         loss = F.cross_entropy(given, target)
     subject = Subject({"": model}, {})
-    calls = Calls([Call(model, inputs, {}, given, model.training, True, None)])
+    calls = Calls([Call(model, inputs, {}, given, model.training, True, None)], list(losses))
     optimizers = [optimizer or torch.optim.AdamW(model.parameters())]
     return examine(Seen(step, calls, loss, subject.parameters, subject.layer_of, optimizers, {}))
 

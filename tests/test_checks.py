@@ -23,7 +23,7 @@ from check_models import (
 )
 from torch import nn
 
-from diagnoser.checks import BEFORE, CHECKS, OFTEN, Call, Calls, Seen, examine
+from diagnoser.checks import BEFORE, CHECKS, OFTEN, Call, Calls, LossCall, Seen, examine
 from diagnoser.checks.replica import Replica
 from diagnoser.errors import MeasurementError
 from diagnoser.features.program import PROGRAM
@@ -109,6 +109,57 @@ def test_queries_that_start_smaller_make_up_for_a_scale_that_is_missing():
     assert plain == pytest.approx([2 * value for value in smaller], rel=0.3)
 
 
+class Deep(nn.Module):
+    def __init__(self, gain, depth=5):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(depth))
+        self.head = nn.Linear(8, CLASSES)
+        for layer in self.layers:
+            nn.init.orthogonal_(layer.weight, gain)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("gain", [0.1, 1.0, 10.0])
+def test_activations_grow_from_block_to_block_as_their_weights_do(gain):
+    torch.manual_seed(0)
+    x, target = torch.randn(16, 8), torch.arange(16) % CLASSES
+    found = checked(Deep(gain), x, target=target)
+    assert numbers(found, "activation_growth") == pytest.approx([gain**4], rel=1e-3)
+    assert "activation_growth" in checked(Deep(gain), x, target=target, step=20).unknown
+
+
+def test_binary_targets_that_are_no_probabilities_and_smoothing_onto_padding():
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 1), torch.randn(8, 4)
+    output = model(x)
+    for target, outside in ((torch.full((8, 1), 3.0), 1.0), (torch.rand(8, 1), 0.0)):
+        loss = F.binary_cross_entropy_with_logits(output, target)
+        assert numbers(checked(model, x, loss=loss, output=output), "targets_outside") == [outside]
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(VOCABULARY, VOCABULARY)
+
+        def forward(self, tokens):
+            return self.embedding(tokens).log_softmax(-1)
+
+    tokens, _ = batch()
+    for mass in (0.05, 0.0):
+        model = Tagger()
+        scores = model(tokens)
+        target = torch.full_like(scores, 0.05).detach()
+        target[..., PADDING] = mass
+        loss = F.kl_div(scores, target, reduction="batchmean")
+        call = LossCall("kl_div", scores, target, {}, loss, None)
+        found = checked(model, tokens, loss=loss, output=scores, losses=[call])
+        assert numbers(found, "smoothed_padding") == pytest.approx([mass])
+
+
 def test_a_scale_that_is_learned_is_nobodys_mistake():
     assert numbers(classified("learned"), "attention_scale") == []
 
@@ -139,7 +190,7 @@ def test_a_probe_runs_the_model_twice_at_most(mistake, monkeypatch):
     monkeypatch.setattr("diagnoser.checks.CHECKS", changed)
     classified(mistake)
     assert max(counted.values()) <= 2
-    assert sum(counted.values()) <= 7
+    assert sum(counted.values()) <= 7  # of which one is the base, and one once a run
 
 
 def test_samples_that_depend_on_each_other_leak():
@@ -508,7 +559,7 @@ def test_the_table_of_checks_and_the_catalogue_of_features_agree():
     every = (*CHECKS.values(), *OFTEN.values(), *BEFORE.values())
     measured = [q for check in every for q in check.quantities]
     elsewhere = {"clip_ratio", "clipped_share", "clipped_scaled", "scheduler_first"}
-    elsewhere |= {"scored_in_training"}
+    elsewhere |= {"scored_in_training", "recomputed_otherwise"}
     assert len(measured) == len(set(measured))
     assert {quantity.name for quantity in PROGRAM} == set(measured) | elsewhere
 

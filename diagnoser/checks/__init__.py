@@ -46,6 +46,7 @@ CHECKS: Final[Mapping[str, Check]] = {
     ),
     "labels-in-input": Check(objective.labels_in_input, ("labels_in_input",)),
     "padded-targets": Check(objective.padded_targets, ("padded_target_share",)),
+    "target-values": Check(objective.target_values, ("targets_outside", "smoothed_padding")),
     "regression-targets": Check(objective.regression_targets, ("target_scale", "target_constant")),
     "inputs": Check(
         objective.inputs, ("input_largest", "input_non_finite", "same_samples", "same_batches")
@@ -78,6 +79,7 @@ CHECKS: Final[Mapping[str, Check]] = {
     "residuals": Check(structure.residuals, ("residual_missing",)),
     "residual-source": Check(structure.residual_source, ("residual_normalised",)),
     "streams": Check(structure.streams, ("updated_stream",)),
+    "growth": Check(structure.growth, ("activation_growth",)),
     "ties": Check(structure.ties, ("tied_elsewhere",)),
     "units": Check(structure.units, ("twin_units",)),
     "saddles": Check(structure.saddles, ("zero_scores",)),
@@ -136,6 +138,8 @@ WHY: Final[Mapping[str, str]] = {
     "head_similarity": "attention has one head",
     "scrambled_heads": "the scores of attention were not seen",
     "tied_elsewhere": "no matrix belongs to the model",
+    "targets_outside": "no binary cross-entropy is the loss",
+    "smoothed_padding": "no loss compares with distributions over tokens",
     "twin_units": "units are compared at the first step alone",
     "zero_scores": "attention is not a product of queries and keys",
     "sample_leak": "the output does not depend on the input",

@@ -142,6 +142,36 @@ def padded_targets(seen: Seen, found: Found) -> None:
     found.run("padded_target_share", float(share.float().mean()) if share.numel() else 0.0)
 
 
+def target_values(seen: Seen, found: Found) -> None:
+    """Finds targets of probabilities that are none, and smoothing that favours the padding.
+
+    ``targets_outside``: share of the targets of a binary cross-entropy outside 0 to 1.
+    ``smoothed_padding``: mean probability that a target distribution gives to the padding, where a
+    divergence or a cross-entropy is given distributions over the tokens of the input.
+
+    Source: issue threads on binary losses of scaled targets; label smoothing in translation models.
+    Cannot see: losses written by hand.
+    Costs: one comparison.
+    """
+    for loss in seen.losses:
+        if loss.kind in ("bce", "bce_logits") and loss.target is not None:
+            outside = (loss.target < 0) | (loss.target > 1)
+            found.run("targets_outside", float(outside.float().mean()))
+            return
+    for call in seen.calls.losses:
+        if call.name in ("kl_div", "cross_entropy") and call.target.is_floating_point():
+            padding, tokens = seen.padding, seen.tokens
+            column = int(tokens[padding][0])
+            target = call.target.detach()
+            target = target.exp() if call.options.get("log_target") else target
+            if target.ndim > 1 and column < target.shape[-1]:
+                rows = target.reshape(-1, target.shape[-1])
+                rows = rows[rows.sum(-1) > 0]  # of padded places there is nothing to learn
+                found.run("smoothed_padding", float(rows[:, column].mean()))
+                return
+    raise MeasurementError("no loss compares with probabilities")
+
+
 def regression_targets(seen: Seen, found: Found) -> None:
     """Finds regression targets out of scale, or constant.
 

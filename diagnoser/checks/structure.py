@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from diagnoser.checks.calls import distinct
+from diagnoser.checks.calls import distinct, tensors_of
 from diagnoser.checks.reading_attention import NORMS, Attention
 from diagnoser.checks.seen import Found, Seen
 from diagnoser.checks.trace import SHAPE_ONLY, Operation
@@ -194,6 +194,49 @@ def streams(seen: Seen, found: Found) -> None:
         raise MeasurementError("no two attentions share their weights")
     for name in dict.fromkeys(name for name, _ in told):
         found.component("updated_stream", name, max(v for n, v in told if n == name))
+
+
+def growth(seen: Seen, found: Found) -> None:
+    """Finds activations that grow or fade from block to block before anything is learned.
+
+    ``activation_growth``: root mean square of what the last of a list of three and more equal
+    blocks gives, over that of the first, at the first step.
+
+    Source: He et al. 2015; TheDeepChecker; Transformer-Clinic#16.
+    Cannot see: blocks that are not in a list, or behind which a norm evens everything out.
+    Costs: one forward, once.
+    """
+    if seen.step > 0:
+        raise MeasurementError("activations are compared at the first step alone")
+    lists = [
+        list(module.children())
+        for module in seen.replica.module.modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+    ]
+    blocks = [own for own in lists if len(own) > 2 and len({type(block) for block in own}) == 1]
+    if not blocks:
+        raise MeasurementError("no list of three equal blocks")
+    longest = max(blocks, key=len)
+    sizes: dict[int, float] = {}
+
+    def note(position: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: object, output: object) -> None:
+            tensor = next((t for t in tensors_of(output) if t.is_floating_point()), None)
+            if tensor is not None and position not in sizes:
+                sizes[position] = float(tensor.float().square().mean().sqrt())
+
+        return hook
+
+    ends = (0, len(longest) - 1)
+    handles = [longest[i].register_forward_hook(note(i)) for i in ends]
+    try:
+        seen.replica.run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(sizes) < len(ends) or not sizes[0] > 0:
+        raise MeasurementError("the blocks of the list were not run, or give nothing")
+    found.run("activation_growth", sizes[ends[1]] / sizes[0])
 
 
 def ties(seen: Seen, found: Found) -> None:

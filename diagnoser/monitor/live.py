@@ -41,10 +41,12 @@ class LiveGraphs:
 
     Attributes:
         notes: What is worth knowing about the numbers, each once.
+        repeats: Whether what is computed again gives the same numbers; None while not known.
     """
 
     def __init__(self) -> None:
         self.notes: list[str] = []
+        self.repeats: bool | None = None
         self._calls: CompiledCalls | None = None
         self._ready = True
         self._checked: dict[tuple[str, ...], str] = {}  # to what is wrong, if anything
@@ -121,7 +123,8 @@ class LiveGraphs:
             for name, p in hessian.parameters.items()
         }
         Hv = hessian.product(v)
-        if not repetition_defect(hessian, v, Hv) <= most:
+        self.repeats = bool(repetition_defect(hessian, v, Hv) <= most)
+        if not self.repeats:
             return (
                 "something is computed again with other random numbers, or is not finite: products "
                 "with the Hessian do not repeat (look for preserve_rng_state=False in checkpoints)"

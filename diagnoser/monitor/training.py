@@ -459,6 +459,8 @@ class Monitor:
                 self._measure_on_probe(self._probe, sample, wanted)
             elif self._live.ready(loss):
                 self._measure_live(sample, loss, wanted)
+        if self._live.repeats is not None:
+            sample.run("recomputed_otherwise", float(not self._live.repeats))
 
     def _measure_on_probe(
         self, probe: ProbeSet, sample: Sample, wanted: Mapping[str, Tensor]
