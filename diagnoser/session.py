@@ -109,8 +109,8 @@ class Watch:
             optimizer=optimizer,
             probe=probe,
             on_measured=self._look_for_findings,
+            record_all=limit is not None,
         )
-        self._monitor.record_all = limit is not None
 
     # The interception talks to the watch, which passes on only what its own process does.
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-LETTERS, NUMBERS, PAIRS = 10, 6, 6
+LETTERS, NUMBERS, PAIRS = 24, 10, 10
 
 
 class Recall(Dataset):
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, gain, embed_dim=48, num_heads=4, depth=2):
+    def __init__(self, gain, embed_dim=32, num_heads=4, depth=2):
         super().__init__()
         self.letter = nn.Embedding(LETTERS, embed_dim)
         self.number = nn.Embedding(NUMBERS + 1, embed_dim)
@@ -98,6 +98,6 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser()
     p.add_argument("--fixed", action="store_true")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--lr", type=float, default=3e-3)
-    p.add_argument("--steps", type=int, default=300)
+    p.add_argument("--lr", type=float, default=1.5e-3)
+    p.add_argument("--steps", type=int, default=260)
     run(p.parse_args())

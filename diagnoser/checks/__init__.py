@@ -13,12 +13,14 @@ from typing import Final
 
 from diagnoser.checks import (
     attention,
+    masks,
     modes,
     objective,
     optimisation,
     overfit,
     probes,
     structure,
+    wiring,
 )
 from diagnoser.checks.calls import Call, Calls, LossCall
 from diagnoser.checks.modes import scored_in_training
@@ -67,14 +69,14 @@ CHECKS: Final[Mapping[str, Check]] = {
     ),
     "score-precision": Check(attention.score_precision, ("half_scores",)),
     "padding-mask": Check(
-        attention.padding_mask, ("padding_weight", "content_weight", "padded_query_hidden")
+        masks.padding_mask, ("padding_weight", "content_weight", "padded_query_hidden")
     ),
-    "mask-value": Check(attention.mask_value, ("masked_rows", "mask_leak", "mask_margin")),
-    "causality": Check(attention.causality, ("future_weight", "needless_causal")),
+    "mask-value": Check(masks.mask_value, ("masked_rows", "mask_leak", "mask_margin")),
+    "causality": Check(masks.causality, ("future_weight", "needless_causal")),
     "attention-sources": Check(
-        attention.sources, ("same_query_key", "key_value_apart", "head_similarity")
+        wiring.sources, ("same_query_key", "key_value_apart", "head_similarity")
     ),
-    "head-layout": Check(attention.head_layout, ("scrambled_heads",)),
+    "head-layout": Check(wiring.head_layout, ("scrambled_heads",)),
     "norms": Check(structure.norms, ("norm_missing",)),
     "residuals": Check(structure.residuals, ("residual_missing",)),
     "residual-source": Check(structure.residual_source, ("residual_normalised",)),

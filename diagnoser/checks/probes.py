@@ -11,8 +11,8 @@ import re
 import torch
 from torch import Tensor, nn
 
-from diagnoser.checks.attention import next_input_lengths
 from diagnoser.checks.calls import changed
+from diagnoser.checks.masks import next_input_lengths
 from diagnoser.checks.reading_attention import find_attentions
 from diagnoser.checks.seen import Found, Seen, first_float
 from diagnoser.checks.trace import Trace

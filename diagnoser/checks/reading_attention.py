@@ -30,6 +30,7 @@ NORMS = frozenset({
 })  # fmt: skip
 TRANSPARENT = ("sub", "amax", "max", "exp", "leaky_relu", "relu")  # to masks and scales
 HIDES = -1e3  # a logit that a mask sets is further below the others than any score of theirs
+MOST = 1_048_576  # elements of weights that are looked at
 MOST_SAMPLES = 16  # of a batch that weights are computed for again
 
 
@@ -95,6 +96,12 @@ class Attention:
     def is_self(self) -> bool:
         """Whether there are as many queries as keys, more than one."""
         return self.weights.shape[-1] == self.weights.shape[-2] > 1
+
+
+def some(weights: Tensor) -> Tensor:
+    """Returns as many of some weights (n, queries, keys) as are looked at, as float32."""
+    keep = max(1, MOST // max(1, weights.shape[-1] * weights.shape[-2]))
+    return weights[:keep].float()
 
 
 def first_factor(product: Operation) -> int:

@@ -46,6 +46,20 @@ class Found:
         if not math.isnan(value):
             self.rows.append(Measurement(self.step, quantity, component, Estimate(value)))
 
+    def components(
+        self,
+        quantity: str,
+        values: Iterable[tuple[str, float]],
+        worst: Callable[[float, float], float] = max,
+    ) -> None:
+        """Adds a number of each of several components, of those that come twice the worst."""
+        merged: dict[str, float] = {}
+        for name, value in values:
+            if not math.isnan(value):
+                merged[name] = worst(merged[name], value) if name in merged else value
+        for name, value in merged.items():
+            self.component(quantity, name, value)
+
     def place(self, what: str, where: Where | None, component: str = MODEL) -> None:
         """Adds where in the program something is."""
         if where is not None:

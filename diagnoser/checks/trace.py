@@ -119,6 +119,18 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     seen.add(source)
                     queue.append(source)
 
+    def descendants(self, start: Operation, most: int) -> list[Operation]:
+        """Returns an operation and what depends on it, nearest first; about ``most`` of them."""
+        queue, known = [start], {start.index}
+        for operation in queue:  # grows while it is read
+            if len(queue) > most:
+                break
+            for consumer in self.consumers(operation):
+                if consumer.index not in known:
+                    known.add(consumer.index)
+                    queue.append(consumer)
+        return queue
+
     def leaves(self, start: Operation | None) -> set[int]:
         """Returns the ids of all given tensors that an operation depends on."""
         return {

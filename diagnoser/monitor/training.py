@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from diagnoser.checks import Calls, Found, Seen, examine, examine_before, examine_often, user_line
 from diagnoser.curvature import ON_A_PROBE, Operator, ProbeSet, out_of_memory
 from diagnoser.errors import MeasurementError
+from diagnoser.monitor.checking import Checking
 from diagnoser.monitor.interception import Interception, loss_scale, unscaled
 from diagnoser.monitor.live import LiveGraphs
 from diagnoser.monitor.quiet import quiet
@@ -31,7 +31,7 @@ from diagnoser.monitor.subject import StepRule, Subject, coming_update, find_mod
 from diagnoser.monitor.triggers import LossBand, MomentRatios, Trigger
 from diagnoser.runlog import RunLogWriter
 from diagnoser.statistics import GraphReading, read_graph, signed
-from diagnoser.types import Component, Cost, Where
+from diagnoser.types import Component, Cost
 from diagnoser.vocabulary import MODEL
 
 LOOKS_AT_NON_FINITE = 10  # steps with a loss that is not finite, to catch where it is born
@@ -56,6 +56,7 @@ class Monitor:
         optimizer: The optimizer, or None to take all that were built.
         probe: Fixed samples that curvature is measured on, or None for the live graph.
         on_measured: Called after every measurement (findings that appear are printed there).
+        record_all: Record the calls of every step, for `check_finally`.
     """
 
     def __init__(
@@ -68,20 +69,15 @@ class Monitor:
         optimizer: torch.optim.Optimizer | None = None,
         probe: ProbeSet | None = None,
         on_measured: Callable[[], None] | None = None,
+        record_all: bool = False,
     ) -> None:
         self.log = log
         self.schedule = schedule
         self.step = 0
         self.measurements = 0
         self.subject: Subject | None = None
-        self.record_all = False  # calls of every step, for `check_finally`
         self._books = interception.books
-        self._notes = interception.notes
-        self._recorder = interception.recorder
-        self._memory: dict[str, Any] = {}  # of checks, from step to step
-        self._told: dict[str, str] = {}  # what checks could not tell, and why
-        self._calls: Calls | None = None  # of the running step, if they were recorded
-        self._check_is_due: bool | None = None  # in the running step; asked before its forward
+        self._checking = Checking(log, interception, record_all=record_all)
         self._models = models
         self._optimizer = optimizer
         self._probe = probe
@@ -123,8 +119,7 @@ class Monitor:
                 self._book()  # under the plan of the step that ended
             if self._backwards == 0:
                 self._begin_step()
-                self._calls = self._recorder.take() if self._recorder.is_on else None
-            self._recorder.stop()
+            self._checking.take(first=self._backwards == 0)
             self._backwards += 1
             loss = root if isinstance(root, Tensor) else None
             if loss is None or loss.numel() != 1 or loss.grad_fn is None:
@@ -133,20 +128,13 @@ class Monitor:
                 self._note_loss(loss)
             if self._plan and self._backwards == 1:
                 self._measure_before(loss)
-            if self._check_is_due is None:  # of the first step, which is always recorded
-                self._check_is_due = self.schedule.wants_checks(self.step)
-            if self._calls is not None and self._check_is_due:
-                self._check(loss, self._calls)
-                self._check_is_due = False
+            if self._checking.is_due(self.step, self.schedule):
+                self._check(loss, examine)
 
     def after_backward(self) -> None:
         """See `interception.Listener`."""
         self._live.forget()
-        self._calls = None
-        if self._backwards == 1:
-            self._check_is_due = self.schedule.wants_checks(self.step + 1)
-            if self._check_is_due or self.record_all:
-                self._recorder.start()
+        self._checking.prepare(self.step + 1, self.schedule, first=self._backwards == 1)
         if self._steps_of and (self._sample is None or not self._plan):
             return
         with self._guard("gradients"):
@@ -370,8 +358,8 @@ class Monitor:
             sample.read_graph(reading)
             sample.read_weights()
             with self._trying("notes"):
-                self._read_notes(sample)
-                sample.rows += examine_often(self._seen(loss, Calls())).rows
+                self._checking.read_notes(sample)
+                sample.rows += examine_often(self._seen(loss)).rows
             if reading.opaque:
                 self._once("opaque", f"{reading.opaque[0]}: a compiled module hides its operations")
             if plan.curvature:
@@ -387,67 +375,34 @@ class Monitor:
     def check_finally(self, loss: Any) -> None:
         """Runs all checks once more, and those that train a copy, on the step that has begun."""
         with self._guard("checks"):
-            if isinstance(loss, Tensor) and self._calls is not None:
-                self._check(loss, self._calls)
-                self._check(loss, self._calls, examine_before)
+            if isinstance(loss, Tensor) and self._checking.calls is not None:
+                self._check(loss, examine)
+                self._check(loss, examine_before)
 
-    def _check(
-        self, loss: Tensor, calls: Calls, run: Callable[[Seen], Found] | None = None
-    ) -> None:
-        """Runs the program checks on a step whose calls were recorded, before its backward."""
+    def _check(self, loss: Tensor, run: Callable[[Seen], Found]) -> None:
+        """Runs program checks on a step whose calls were recorded, before its backward."""
         begun = time.perf_counter()
         if self.subject is None:
             self._find_subject(read_graph(loss, values=False))
         assert self.subject is not None
         with self._trying("checks"), self._quietly(self.subject):
-            found = (run or examine)(self._seen(loss, calls))
-            for what, component, where in found.places:
-                self._fact_once(what, component, _place_data(where))
-            for quantity, reason in found.unknown.items():
-                if self._told.get(quantity) != reason:
-                    self._told[quantity] = reason
-                    self.log.fact(self.step, "unknown", quantity, 1.0, {"reason": reason})
-            self.log.measurement(self.step, found.rows, time.perf_counter() - begun)
+            self._checking.run(run, self._seen(loss, self._checking.calls))
             self.measurements += 1
         self.schedule.account_checks(time.perf_counter() - begun)
 
-    def _seen(self, loss: Tensor, calls: Calls) -> Seen:
+    def _seen(self, loss: Tensor, calls: Calls | None = None) -> Seen:
         subject = self.subject
         assert subject is not None
+        known = {id(o): o for o in (*self._optimizers(), *self._books.optimizers)}
         return Seen(
             self.step,
-            calls,
+            calls or Calls(),
             unscaled(loss),
             subject.parameters,
             subject.layer_of,
-            list({id(o): o for o in (*self._optimizers(), *self._books.optimizers)}.values()),
-            self._memory,
+            list(known.values()),
+            self._checking.memory,
         )
-
-    def _read_notes(self, sample: Sample) -> None:
-        """Adds what the program did between backward and step since the last sample."""
-        notes, evaluations = self._notes, self._recorder.evaluations
-        if notes.clips:
-            ratios, notes.clip_ratios = notes.clip_ratios, []
-            if ratios:
-                values = torch.stack([r.double().cpu() for r in ratios]).numpy()
-                sample.run("clip_ratio", float(np.nanmedian(values)) if len(values) else math.nan)
-                sample.run("clipped_share", float((values > 1.0).mean()))
-            sample.run("clipped_scaled", notes.clips_scaled / notes.clips)
-            self._fact_once("clip", MODEL, _place_data(notes.clip_place))
-        if notes.scheduler_steps:
-            sample.run("scheduler_first", float(notes.scheduler_first))
-            self._fact_once("scheduler", MODEL, _place_data(notes.scheduler_place))
-        if evaluations:
-            wrong = [place for said, place in evaluations if said]
-            sample.run("scored_in_training", len(wrong) / len(evaluations))
-            self._fact_once("evaluation", MODEL, _place_data(wrong[0] if wrong else None))
-
-    def _fact_once(self, what: str, component: str, data: Mapping[str, Any]) -> None:
-        key = f"fact:{what}:{component}"
-        if data and not self._failures.get(key):
-            self._failures[key] = 1
-            self.log.fact(self.step, what, component, 1.0, data)
 
     def _measure_curvature(self, sample: Sample, loss: Tensor) -> None:
         if self._failures.get("curvature", 0) >= MAX_FAILURES or not math.isfinite(self._loss):
@@ -640,7 +595,7 @@ class Monitor:
             if place is not None:
                 data |= {"file": place.file, "line": place.line}
             self.log.fact(self.step, "optimizer", MODEL, 1.0, data)
-        self._fact_once("backward", MODEL, _place_data(user_line()))
+        self._checking.place(self.step, "backward", MODEL, user_line())
 
     def _optimizers(self) -> Iterator[torch.optim.Optimizer]:
         if self._optimizer is not None:
@@ -690,10 +645,6 @@ class Monitor:
             self.log.event(self.step, kind, message, {})
 
 
-def _place_data(place: Where | None) -> dict[str, Any]:
-    return {} if place is None else {"file": place.file, "line": place.line}
-
-
 class _Guard:
     """See `Monitor._guard`; a class, as every step passes two of them and generators are slower."""
 
@@ -705,11 +656,11 @@ class _Guard:
 
     def __enter__(self) -> None:
         self._monitor._since = time.perf_counter()
-        self._monitor._recorder.paused = True
+        self._monitor._checking.recorder.paused = True
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if isinstance(error, Exception):
             self._monitor._failed(self._what, error)
         self._monitor._book()
-        self._monitor._recorder.paused = False
+        self._monitor._checking.recorder.paused = False
         return isinstance(error, Exception)

@@ -1,0 +1,185 @@
+"""Checks of what attention may look at: padding, the future, what a mask is worth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from diagnoser.checks.reading_attention import Attention, some
+from diagnoser.checks.seen import Found, Seen
+from diagnoser.errors import MeasurementError
+
+EXACT = 1e-3
+HIDDEN = 1e-6  # weight of a position that a mask hides
+
+
+def _keys(seen: Seen, attention: Attention) -> tuple[Tensor, Tensor] | None:
+    """Weights (batch, heads, queries, keys), and which keys are padding, (batch, keys)."""
+    padding = seen.padding
+    n, _, keys = attention.weights.shape
+    if keys != padding.shape[1] or n % len(padding):
+        fewer = min(len(padding), 16)  # of a fused attention only some samples are looked at
+        if keys != padding.shape[1] or n % fewer or n // fewer > 64 or n >= len(padding):
+            return None
+        padding = padding[:fewer]
+    return attention.weights.reshape(len(padding), -1, *attention.weights.shape[1:]), padding
+
+
+def padding_mask(seen: Seen, found: Found) -> None:
+    """Finds attention that looks at padding, at nothing else, or that hides padded queries instead.
+
+    Over queries that are no padding: ``padding_weight``, the share of attention on padded keys
+    over their share of the keys (1: nothing is hidden, 0: all is). ``content_weight``: the share on
+    keys that are no padding, of rows that have both (0: the mask is inverted).
+    ``padded_query_hidden``: 1 where the rows of padded queries are hidden as a whole, while padded
+    keys are not. Only where the batch holds padding.
+
+    Source: InseeFrLab/torchTextClassifiers#92, hyunwoongko/transformer#40, DEFault++ MIM and MMP.
+    Cannot see: padding that is no token of its own, or is cut away before attention.
+    Costs: nothing beyond the trace.
+    """
+    even, content, queries = [], [], []
+    for name, attention in seen.attentions:
+        both = _keys(seen, attention)
+        if both is None:
+            continue
+        weights, padding = both
+        total = weights.sum(-1, keepdim=True)
+        weights = weights / total
+        own = padding[:, None, None, :]
+        on_padding = (weights * own).sum(-1)  # (batch, heads, queries)
+        share = padding.float().mean(1)[:, None, None]
+        rows = (share > 0) & (share < 1) & torch.isfinite(on_padding)
+        if attention.weights.shape[-2] == padding.shape[1]:
+            rows = rows & ~padding[:, None, :]
+        rows = rows.expand_as(on_padding)
+        if not bool(rows.any()):
+            continue
+        value = float(on_padding[rows].mean())
+        expected = float(share.expand_as(on_padding)[rows].mean())
+        even.append((name, value / expected))
+        content.append((name, 1.0 - value))
+        if attention.weights.shape[-2] == padding.shape[1] and attention.logits is not None:
+            logits = attention.logits.reshape(weights.shape)
+            low = (logits <= logits.amax() - 1e3).all(-1) | ~torch.isfinite(logits).any(-1)
+            flat = (logits.amax(-1) - logits.amin(-1)) < EXACT
+            hidden = low | (flat & (logits.amax(-1) < -1e3))
+            padded = padding[:, None, :].expand_as(hidden)
+            apart = float(hidden[padded].float().mean()) - float(hidden[~padded].float().mean())
+            queries.append((name, float(apart > 0.5 and value > HIDDEN)))
+    if not even:
+        raise MeasurementError("no attention is over the positions of the padded input")
+    found.components("padding_weight", even)
+    found.components("content_weight", content, min)
+    found.components("padded_query_hidden", queries)
+
+
+def mask_value(seen: Seen, found: Found) -> None:
+    """Finds masks that do not hide, and rows in which everything is hidden.
+
+    ``masked_rows``: share of rows all of whose positions are hidden. ``mask_leak``: the largest
+    weight on a hidden position of other rows: the value that should hide it is too small for the
+    scores. ``mask_margin``: by how much scores are lowered, over the spread
+    of the scores (from the highest to the lowest): below 2 they can outgrow it.
+
+    Source: karpathy/minGPT#75, pytorch/pytorch#41508.
+    Cannot see: masks that are multiplied into the scores.
+    Costs: nothing beyond the trace.
+    """
+    rows, leak, margin = [], [], []
+    for name, attention in seen.attentions:
+        logits, raw, hidden = attention.logits, attention.raw, attention.hidden
+        if hidden is None or logits is None or raw is None or raw.shape != logits.shape:
+            continue
+        hidden = hidden[: len(some(raw))]
+        rows.append((name, float(hidden.all(-1).float().mean())))
+        elsewhere = hidden & ~hidden.all(-1, keepdim=True)
+        if not bool(elsewhere.any()):
+            continue
+        leak.append((name, float(torch.nan_to_num(some(attention.weights))[elsewhere].max())))
+        scores = some(raw)
+        drop = (scores - some(logits))[elsewhere]
+        drop = drop[torch.isfinite(drop)]
+        if len(drop):
+            spread = float(scores.max() - scores.min())
+            margin.append((name, float(drop.min()) / max(spread, 1e-6)))
+    found.components("masked_rows", rows)
+    found.components("mask_leak", leak)
+    found.components("mask_margin", margin, min)
+
+
+def causality(seen: Seen, found: Found) -> None:
+    """Finds attention that sees the future of what it is to predict, or needlessly does not.
+
+    ``future_weight``: share of attention on later positions, in self-attention over inputs that are
+    the loss's next targets. ``needless_causal``: 1 where no later position is ever seen although a
+    sample has a single target, which is read from a mean over positions or from the first of them.
+
+    Source: huggingface/transformers#48745, xformers#103, DEFault++ VEC.
+    Cannot see: targets that are not recognised as next inputs (integers of the input's length).
+    Costs: nothing beyond the trace.
+    """
+    lengths = next_input_lengths(seen)
+    one_each = any(
+        loss.target is not None and loss.target.ndim and loss.target.shape[0] == seen.batch
+        and (loss.target.ndim == 1 or loss.target.numel() == seen.batch)
+        for loss in seen.losses
+    )  # fmt: skip
+    if not lengths and not one_each:
+        raise MeasurementError("what the loss compares with has no order that is known")
+    for name, attention in seen.attentions:
+        if not attention.is_self:
+            continue
+        weights = torch.nan_to_num(some(attention.weights))
+        length = weights.shape[-1]
+        later = weights.triu(1).sum(-1)[:, :-1]
+        if length in lengths:
+            found.component("future_weight", name, float(later.mean()))
+        elif one_each and not lengths and length > 2:
+            hidden = float(later.max()) < HIDDEN and _pools(seen, attention, length)
+            found.component("needless_causal", name, float(hidden))
+
+
+def _pools(seen: Seen, attention: Attention, length: int) -> bool:
+    """Whether the mean over positions, or the first position, is what is made of an attention."""
+    for operation in seen.trace.descendants(attention.product, 400):
+        shape = operation.inputs[0].shape if operation.inputs else ()
+        if operation.name in ("mean", "sum", "amax", "max") and length in shape[:-1]:
+            return True
+        if operation.name == "select" and len(operation.args) > 2:
+            _, axis, index = operation.args[:3]
+            if shape[axis] == length and index == 0:
+                return True
+    return False
+
+
+def next_input_lengths(seen: Seen) -> set[int]:
+    """Returns the lengths of the integer inputs whose next entries the loss compares with."""
+    lengths: set[int] = set()
+    for tensor in seen.token_inputs:
+        for tokens in (
+            tensor.reshape(-1, tensor.shape[-1]),
+            tensor.reshape(-1, tensor.shape[-1]).t(),
+        ):
+            later = tokens[:, 1:]
+            for loss in seen.losses:
+                target = loss.target
+                if target is None or target.is_floating_point():
+                    continue
+                flat = target.reshape(-1)
+                if flat.numel() == tokens.numel():
+                    flat = flat.reshape(tokens.shape)[:, :-1]
+                if flat.numel() == later.numel() and _same(
+                    flat.reshape(later.shape), later, loss.ignored
+                ):
+                    lengths.add(tokens.shape[1])
+    return lengths
+
+
+def _same(target: Tensor, later: Tensor, ignored: int | None) -> bool:
+    counted = (
+        target != ignored if ignored is not None else torch.ones_like(target, dtype=torch.bool)
+    )
+    if int(counted.sum()) < 8:
+        return False
+    return float((target == later)[counted].float().mean()) > 0.9
