@@ -108,9 +108,7 @@ def main():
         lr = schedule.step_update(update)
         rows = torch.randint(len(train_source), (32,))
         logits = model(train_source[rows], shift(train_target[rows]))
-        loss = F.cross_entropy(
-            logits.transpose(1, 2), train_target[rows], label_smoothing=0.1
-        )
+        loss = F.cross_entropy(logits.transpose(1, 2), train_target[rows], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -8,7 +8,14 @@ from torch.utils.data import DataLoader, Dataset
 
 ANIMALS = ["cat", "dog", "fox", "hen", "owl", "pig"]
 PLACES = ["barn", "wood", "field", "yard"]
-ACTS = {"cat": "sleeps", "dog": "barks", "fox": "hides", "hen": "pecks", "owl": "waits", "pig": "digs"}
+ACTS = {
+    "cat": "sleeps",
+    "dog": "barks",
+    "fox": "hides",
+    "hen": "pecks",
+    "owl": "waits",
+    "pig": "digs",
+}
 
 
 def write_text(n_sentences, rng):

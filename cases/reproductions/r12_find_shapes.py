@@ -42,7 +42,11 @@ class MultiHeadDotProductAttention(nn.Module):
         def heads(x):
             return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
-        q, k, v = heads(self.query(inputs_q)), heads(self.key(inputs_k)), heads(self.value(inputs_v))
+        q, k, v = (
+            heads(self.query(inputs_q)),
+            heads(self.key(inputs_k)),
+            heads(self.value(inputs_v)),
+        )
         weights = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(q.size(-1)), dim=-1)
         return self.out((weights @ v).transpose(1, 2).flatten(2))
 

@@ -142,5 +142,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--fixed", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-epochs", type=int, default=6)
+    parser.add_argument("--num-epochs", type=int, default=7)
     main(parser.parse_args())

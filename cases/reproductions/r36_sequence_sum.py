@@ -1,8 +1,7 @@
 import argparse
 
 import torch
-import torch.nn as nn
-import torch.optim as optim
+from torch import nn, optim
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--fixed", action="store_true")
@@ -46,9 +45,9 @@ model = TransformerModel(
     input_dim=input_dim, embed_dim=16, num_heads=2, num_layers=2, ff_dim=64, output_dim=1
 )
 criterion = nn.MSELoss()
-optimizer = optim.Adam(model.parameters(), lr=2e-3)
+optimizer = optim.Adam(model.parameters(), lr=3e-3)
 
-epochs, batch_size = 12, 50
+epochs, batch_size = 18, 50
 for epoch in range(epochs):
     model.train()
     order = torch.randperm(len(X_train))
@@ -61,7 +60,7 @@ for epoch in range(epochs):
         loss.backward()
         optimizer.step()
         epoch_loss += loss.item() * len(index)
-    if (epoch + 1) % 2 == 0:
+    if (epoch + 1) % 3 == 0:
         print(f"Epoch [{epoch + 1}/{epochs}] - Loss: {epoch_loss / len(order):.4f}")
 
 model.eval()

@@ -18,19 +18,20 @@ NOUNS = ["film", "plot", "cast", "music", "ending", "script", "camera", "hero", 
 GOOD = ["good", "great", "funny", "clever", "moving", "fresh", "warm", "bright"]
 BAD = ["bad", "dull", "boring", "weak", "messy", "stale", "cold", "flat"]
 EXTRA = ["really", "quite", "very", "today", "again", "there", "maybe", "still", "also", "just"]
-WORDS = ["[PAD]", "[CLS]", "[SEP]", "the", "was", "not", *NOUNS, *GOOD, *BAD, *EXTRA]
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "the", "was", *NOUNS, *GOOD, *BAD, *EXTRA]
 VOCAB = {word: i for i, word in enumerate(WORDS)}
 MAX_LEN = 16
 
 
 def write_reviews(n, rng):
+    """Five opinions on one thing; the review is good when most of them are."""
     reviews = set()
     while len(reviews) < n:
-        word, negated = rng.choice(GOOD + BAD), rng.random() < 0.5
-        words = ["the", rng.choice(NOUNS), "was", *(["not"] if negated else []), word]
-        for _ in range(rng.randrange(2, 6)):
+        opinions = [rng.choice(GOOD + BAD) for _ in range(5)]
+        words = ["the", rng.choice(NOUNS), "was", *opinions]
+        for _ in range(rng.randrange(1, 5)):
             words.insert(rng.randrange(len(words) + 1), rng.choice(EXTRA))
-        reviews.add((" ".join(words), int((word in GOOD) != negated)))
+        reviews.add((" ".join(words), int(sum(word in GOOD for word in opinions) > 2)))
     reviews = sorted(reviews)
     rng.shuffle(reviews)
     return reviews
@@ -73,22 +74,22 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--fixed", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--epochs", type=int, default=22)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     rng = random.Random(args.seed)
-    reviews = write_reviews(800, rng)
-    train_data = DataLoader(encode(reviews[:320]), batch_size=32, shuffle=True)
-    test_data = DataLoader(encode(reviews[320:]), batch_size=120)
+    reviews = write_reviews(776, rng)
+    train_data = DataLoader(encode(reviews[:256]), batch_size=32, shuffle=True)
+    test_data = DataLoader(encode(reviews[256:]), batch_size=104)
 
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder) / "bert-tiny")
         model = BertForSequenceClassification.from_pretrained(Path(folder) / "bert-tiny")
     total_steps = args.epochs * len(train_data)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     scheduler = get_linear_schedule_with_warmup(optimizer, 20, total_steps)
     for epoch in range(args.epochs):
         total = 0.0

@@ -33,7 +33,7 @@ def write_ticket(rng):
 
 
 def collect_labels(tickets, rng, fixed):
-    """The first export covers 70 % of the tickets, the second, sorted by finishing time, the rest."""
+    """The first export has 70 % of the tickets, the second, sorted by finishing time, the rest."""
     split = int(0.7 * len(tickets))
     labels = [team for _, team in tickets[:split]]
     rows = list(range(split, len(tickets)))

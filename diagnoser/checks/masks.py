@@ -10,6 +10,7 @@ from diagnoser.checks.seen import Found, Seen
 from diagnoser.errors import MeasurementError
 
 EXACT = 1e-3
+SUMS_TO_ONE = 0.03  # how far weights of a query may be from it
 HIDDEN = 1e-6  # weight of a position that a mask hides
 
 
@@ -45,6 +46,9 @@ def padding_mask(seen: Seen, found: Found) -> None:
             continue
         weights, padding = both
         total = weights.sum(-1, keepdim=True)
+        known = torch.isfinite(total) & (total > HIDDEN)
+        if not bool(known.any()) or float((total[known] - 1).abs().mean()) > SUMS_TO_ONE:
+            continue  # they are not shares of a query's attention: another check says so
         weights = weights / total
         own = padding[:, None, None, :]
         on_padding = (weights * own).sum(-1)  # (batch, heads, queries)

@@ -20,6 +20,7 @@ from diagnoser.vocabulary import MODEL, severity_rank
 # What a rule counts for before it is measured, by severity.
 UNMEASURED: Final[Mapping[str, float]] = {"low": 0.05, "medium": 0.2, "high": 0.4, "critical": 0.8}
 OF_A_CHECK: Final = 0.8  # of a grave one: it saw the mistake itself, not what comes of it
+WITHOUT_A_PLACE: Final = 0.9  # times that, of one that sees it in the whole model: a probe, often
 PRIOR_RUNS: Final = 2
 SYMPTOM: Final = 0.05  # what a symptom adds to the cause that explains it
 TIE: Final = 0.01  # share of all votes that breaks ties
@@ -105,8 +106,9 @@ def votes_of(claims: Iterable[Claim], measured: Mapping[str, Precision]) -> tupl
             votes.append(Vote(*claim.under, SYMPTOM, claim.since_step, claim.source))
             continue
         known = measured.get(claim.rule)
+        less = WITHOUT_A_PLACE if claim.of_check and claim.component == MODEL else 1.0
         for rank, cause in enumerate(claim.causes, start=1):
-            weight = belief(claim.severity, rank, cause, known, of_check=claim.of_check)
+            weight = less * belief(claim.severity, rank, cause, known, of_check=claim.of_check)
             vote = Vote(cause, claim.component, weight, claim.since_step, claim.source, claim.order)
             votes.append(vote)
     return tuple(votes)

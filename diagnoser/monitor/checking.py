@@ -52,17 +52,19 @@ class Checking:
 
     def is_due(self, step: int, schedule: Schedule) -> bool:
         """Whether this step is to be checked now; true once."""
+        if self.calls is None:
+            return False
         if self._due is None:  # the first step, which is always recorded
             self._due = schedule.wants_checks(step)
         due, self._due = self._due, False
-        return due and self.calls is not None
+        return due
 
     def prepare(self, step: int, schedule: Schedule, *, first: bool) -> None:
         """Begins to record, after a backward, where the coming ``step`` is to be checked."""
         self.calls = None
         if first:
             self._due = schedule.wants_checks(step)
-        if first and (self._due or self._record_all):
+        if self._due or self._record_all:  # again after each of several backwards of a step
             self.recorder.start()
 
     def run(self, checks: Callable[[Seen], Found], seen: Seen) -> None:

@@ -105,6 +105,7 @@ class Books:
     retaining: References[Tensor]
     tensor_hooks: References[OrderedDict[int, Any]]  # autograd holds the dictionaries themselves
     backward_hooks: References[BackwardHook]
+    scalers: References[Any]  # that have scaled a loss
     optimizer_places: dict[int, Where]  # id of an optimizer -> where it was made
 
     def note_living_modules(self) -> None:
@@ -137,7 +138,15 @@ class Interception:
     """Installs the patches on entry, takes every one of them back on exit."""
 
     def __init__(self, listener: Listener) -> None:
-        self.books = Books(References(), References(), References(), References(), References(), {})
+        self.books = Books(
+            modules=References(),
+            optimizers=References(),
+            retaining=References(),
+            tensor_hooks=References(),
+            backward_hooks=References(),
+            scalers=References(),
+            optimizer_places={},
+        )
         self.notes = Notes()
         self.recorder = CallRecorder()
         self._listener = listener
@@ -235,13 +244,12 @@ class Interception:
 
     def _is_scaled(self) -> bool:
         """Whether a scaler has scaled a loss and unscaled the gradients of no optimizer since."""
-        scalers = {id(scaler): scaler for _, scaler in list(_UNSCALED.values())}
         return any(
             scaler.is_enabled()
             and not any(
                 state["stage"].name == "UNSCALED" for state in scaler._per_optimizer_states.values()
             )
-            for scaler in scalers.values()
+            for scaler in self.books.scalers
         )
 
     def _note_schedule(self, scheduler: Any, *_: object) -> None:
@@ -301,6 +309,7 @@ class Interception:
             if isinstance(scaled, Tensor) and instance.is_enabled():
                 # The scale itself is on the device: it is read where it is needed.
                 _UNSCALED[scaled] = (outputs, instance)
+                self.books.scalers.add(instance)
             return scaled
 
         self._replace(scaler, "scale", scale)
