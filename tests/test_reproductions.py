@@ -473,4 +473,5 @@ def test_the_document_shows_what_was_kept(monkeypatch):
 def test_the_document_is_one_that_is_held_against_the_results():
     blocks = tables.DOCUMENTS[reproductions_document.DOCUMENT]
     assert blocks is reproductions_document.BLOCKS
-    assert set(blocks) == {"figures", *(f"{half} scripts" for half in reproductions.HALVES)}
+    both = {f"{half} {what}" for half in reproductions.HALVES for what in ("judges", "scripts")}
+    assert set(blocks) == {"figures", *both}

@@ -3,15 +3,16 @@
 import argparse
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 WORDS, LENGTH, BOS = 10, 6, 10
 
 
 def make_corpus(size, dictionary):
     """Every word has one translation; the verb group moves from the end to the front."""
-    source = torch.randint(WORDS, (size, LENGTH))
+    source = torch.randint(WORDS, (size, LENGTH)).unique(dim=0)
+    source = source[torch.randperm(len(source))]
     return source, dictionary[torch.roll(source, 2, dims=1)]
 
 

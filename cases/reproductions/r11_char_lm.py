@@ -18,10 +18,10 @@ ACTS = {
 }
 
 
-def write_text(n_sentences, rng):
+def write_text(n_sentences, scenes, rng):
     lines = []
     for _ in range(n_sentences):
-        animal, place = rng.choice(ANIMALS), rng.choice(PLACES)
+        animal, place = rng.choice(scenes)
         lines.append(f"the {animal} of the {place} {ACTS[animal]} in the {place}.")
     return " ".join(lines)
 
@@ -90,7 +90,9 @@ def main():
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
 
-    train_text, val_text = write_text(430, rng), write_text(30, rng)
+    scenes = [(animal, place) for animal in ANIMALS for place in PLACES]
+    rng.shuffle(scenes)
+    train_text, val_text = write_text(430, scenes[6:], rng), write_text(30, scenes[:6], rng)
     vocab = sorted(set(train_text + val_text))
     stoi = {c: i for i, c in enumerate(vocab)}
     train_ids = torch.tensor([stoi[c] for c in train_text])

@@ -4,8 +4,8 @@ import argparse
 import math
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 SHAPES, CELLS, PIXELS = 6, 9, 16
 

@@ -4,8 +4,8 @@ import argparse
 
 import numpy as np
 import torch
-import torch.nn as nn
 from sklearn.datasets import load_digits
+from torch import nn
 
 GRID, PATCH = 3, 10
 
