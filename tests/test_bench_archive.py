@@ -18,6 +18,7 @@ from benchmarks import outcomes
 from diagnoser.benchmark.archive import BITS, cut_digits, pack, unpack
 from diagnoser.benchmark.configuration import Configuration, catalogue, content_hash
 from diagnoser.benchmark.dataset import recording_of
+from diagnoser.benchmark.families import family_of
 from diagnoser.benchmark.plan import CLEAN, FAULT, SIZES, Item, Plan, make_plan
 from diagnoser.benchmark.results import Store
 from diagnoser.benchmark.worker import run
@@ -203,7 +204,7 @@ def test_the_document_says_in_how_many_runs_two_stages_of_the_budget_would_diffe
 
 
 def known_numbers(log: bytes, directory: Path) -> set[tuple[str, str]]:
-    """The columns of a run, and of each of its components, that are known at its end."""
+    """The columns of a run and of its components that are known at its end, to be learned from."""
     recording = read(log, directory)
     of = vectors_of(recording, feature_tables(recording))
     found = {("run", column) for column, value in of.run.items() if not math.isnan(value)}
@@ -213,4 +214,4 @@ def known_numbers(log: bytes, directory: Path) -> set[tuple[str, str]]:
             for name, value in zip(of.names, values.tolist(), strict=True)
             if not math.isnan(value)
         }
-    return found
+    return {(name, column) for name, column in found if family_of(column) != "P"}
