@@ -83,8 +83,8 @@ def mask_value(seen: Seen, found: Found) -> None:
 
     ``masked_rows``: share of rows all of whose positions are hidden. ``mask_leak``: the largest
     weight on a hidden position of other rows: the value that should hide it is too small for the
-    scores. ``mask_margin``: by how much scores are lowered, over the spread
-    of the scores (from the highest to the lowest): below 2 they can outgrow it.
+    scores. ``mask_margin``: by how much scores are lowered, over the spread of the scores (from the
+    highest to the lowest): where it is small, they can outgrow it.
 
     Source: karpathy/minGPT#75, pytorch/pytorch#41508.
     Cannot see: masks that are multiplied into the scores.
@@ -100,7 +100,10 @@ def mask_value(seen: Seen, found: Found) -> None:
         elsewhere = hidden & ~hidden.all(-1, keepdim=True)
         if not bool(elsewhere.any()):
             continue
-        leak.append((name, float(torch.nan_to_num(some(attention.weights))[elsewhere].max())))
+        leaked = some(attention.weights)[elsewhere]
+        leaked = leaked[torch.isfinite(leaked)]
+        if len(leaked):
+            leak.append((name, float(leaked.max())))
         scores = some(raw)
         drop = (scores - some(logits))[elsewhere]
         drop = drop[torch.isfinite(drop)]
@@ -134,9 +137,12 @@ def causality(seen: Seen, found: Found) -> None:
     for name, attention in seen.attentions:
         if not attention.is_self:
             continue
-        weights = torch.nan_to_num(some(attention.weights))
+        weights = some(attention.weights)
         length = weights.shape[-1]
         later = weights.triu(1).sum(-1)[:, :-1]
+        later = later[torch.isfinite(later)]  # a row that is not finite shows nothing
+        if not len(later):
+            continue
         if length in lengths:
             found.component("future_weight", name, float(later.mean()))
         elif one_each and not lengths and length > 2:

@@ -139,7 +139,9 @@ def padded_targets(seen: Seen, found: Found) -> None:
     where = on_padding.reshape(-1)
     share = where if counted is None else where[counted]
     # A target that is padding, too, teaches nothing but to repeat it.
-    found.run("padded_target_share", float(share.float().mean()) if share.numel() else 0.0)
+    if not share.numel():
+        raise MeasurementError("the loss counts no target of this batch")
+    found.run("padded_target_share", float(share.float().mean()))
 
 
 def target_values(seen: Seen, found: Found) -> None:
@@ -185,8 +187,10 @@ def regression_targets(seen: Seen, found: Found) -> None:
     loss = _loss_with_target(seen, *REGRESSION)
     assert loss.target is not None
     target = loss.target.detach().float().reshape(-1)[:MOST_LABELS]
-    if not bool(torch.isfinite(target).all()) or len(target) < 2:
-        found.run("target_scale", math.inf if len(target) > 1 else math.nan)
+    if len(target) < 2 or bool(target.isnan().any()):
+        raise MeasurementError("the loss is given a single target, or targets that are NaN")
+    if bool(target.isinf().any()):
+        found.run("target_scale", math.inf)
         return
     found.run("target_scale", max(abs(float(target.mean())), float(target.std())))
     found.run("target_constant", float(float(target.std()) == 0.0))
@@ -195,9 +199,10 @@ def regression_targets(seen: Seen, found: Found) -> None:
 def inputs(seen: Seen, found: Found) -> None:
     """Finds inputs that are not finite, out of scale, the same for all samples, or repeated.
 
-    ``input_largest``: largest absolute value of the float inputs. ``input_non_finite``: share of
-    their values that are NaN or infinite. ``same_samples``: share of samples of a batch that equal
-    the first one. ``same_batches``: share of the steps looked at whose batch was seen before.
+    ``input_largest``: largest absolute finite value of the float inputs. ``input_non_finite``:
+    share of their values that are NaN or infinite. ``same_samples``: share of samples of a batch
+    that equal the first one. ``same_batches``: share of the steps looked at whose batch was seen
+    before.
 
     Source: UMLAUT (input range), TheDeepChecker, TensorFlow data validation manners.
     Cannot see: inputs that are computed inside of the model.
@@ -206,8 +211,10 @@ def inputs(seen: Seen, found: Found) -> None:
     given = [t for t in seen.main.inputs if t.ndim and t.numel()]
     floats = [t.detach() for t in given if t.is_floating_point() and t.ndim > 1]
     for tensor in floats[:1]:
-        found.run("input_largest", float(tensor.abs().nan_to_num(0.0, 0.0, 0.0).max()))
-        found.run("input_non_finite", float((~torch.isfinite(tensor)).float().mean()))
+        finite = torch.isfinite(tensor)
+        if bool(finite.any()):
+            found.run("input_largest", float(tensor[finite].abs().max()))
+        found.run("input_non_finite", float((~finite).float().mean()))
     if not given:
         raise MeasurementError("the model is given no tensor")
     data = max(given, key=lambda t: t.numel())

@@ -1,11 +1,13 @@
 """Interventional probes: change something in a copy of the batch, and see what that changes.
 
-Each probe runs the replica once or twice, in eval mode and without gradients. A change is what the
-outputs differ by, relative to their spread over the batch; differences below `NOISE` are rounding.
+Each probe runs the replica once (`sample_leak` up to twice), in eval mode and without gradients.
+A change is what the outputs differ by, relative to their spread over the batch; differences below
+`NOISE` are rounding.
 """
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
@@ -161,6 +163,8 @@ def order_blind(seen: Seen, found: Found) -> None:
     if not float(usual) > 0:
         raise MeasurementError("all positions of the batch are the same")
     ratio = float(differs / usual)
+    if not math.isfinite(ratio):
+        raise MeasurementError("the inputs of attention are not finite")
     logits, raw = same.logits, same.raw
     if ratio < NOISE and logits is not None and raw is not None:
         # A bias that depends on the distance (ALiBi, T5) is added to the scores.
@@ -182,7 +186,9 @@ def _has_positions(module: nn.Module) -> bool:
 
 
 def _sees_no_later(weights: Tensor) -> bool:
-    return float(torch.nan_to_num(weights[:64]).triu(1).max()) < 1e-6
+    later = weights[:64].triu(1)
+    later = later[torch.isfinite(later)]
+    return len(later) > 0 and float(later.max()) < 1e-6
 
 
 def padding_content(seen: Seen, found: Found) -> None:
@@ -228,8 +234,10 @@ def padding_content(seen: Seen, found: Found) -> None:
     if not bool(torch.isfinite(change).all()):
         raise MeasurementError("the output is not finite")
     spread = _spread(base)
+    if not 0 < spread < math.inf:
+        raise MeasurementError("the outputs of the batch are all the same, or not finite")
     size = float(change.square().mean().sqrt())
-    found.run("padding_influence", size / spread if size > NOISE * spread > 0 else 0.0)
+    found.run("padding_influence", size / spread if size > NOISE * spread else 0.0)
 
 
 def future(seen: Seen, found: Found) -> None:
@@ -261,6 +269,8 @@ def future(seen: Seen, found: Found) -> None:
     if after.shape != base.shape:
         raise MeasurementError("the shape of the output depends on the input")
     change = (after - base).float()
+    if not bool(torch.isfinite(change).all()):
+        raise MeasurementError("the output is not finite")
     early = float(change.narrow(axis, 0, half).square().mean().sqrt())
     late = float(change.narrow(axis, half, length - half).square().mean().sqrt())
     if not late > 0:
