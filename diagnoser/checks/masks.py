@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diagnoser.checks.reading_attention import Attention, some
+from diagnoser.checks.attention import EXACT, HIDDEN
+from diagnoser.checks.reading_attention import MOST_SAMPLES, Attention, some
 from diagnoser.checks.seen import Found, Seen
 from diagnoser.errors import MeasurementError
 
-EXACT = 1e-3
 SUMS_TO_ONE = 0.03  # how far weights of a query may be from it
-HIDDEN = 1e-6  # weight of a position that a mask hides
 
 
 def _keys(seen: Seen, attention: Attention) -> tuple[Tensor, Tensor] | None:
@@ -19,7 +18,9 @@ def _keys(seen: Seen, attention: Attention) -> tuple[Tensor, Tensor] | None:
     padding = seen.padding
     n, _, keys = attention.weights.shape
     if keys != padding.shape[1] or n % len(padding):
-        fewer = min(len(padding), 16)  # of a fused attention only some samples are looked at
+        fewer = min(
+            len(padding), MOST_SAMPLES
+        )  # of a fused attention only some samples are looked at
         if keys != padding.shape[1] or n % fewer or n // fewer > 64 or n >= len(padding):
             return None
         padding = padding[:fewer]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
@@ -38,8 +39,7 @@ def shared_parameters(seen: Seen, found: Found) -> None:
     Costs: a look at each parameter.
     """
     count = Counter(name for name, *_ in _groups(seen))
-    for layer, value in _by_layer(seen, {n: float(c) for n, c in count.items()}).items():
-        found.component("times_optimized", layer, value)
+    found.components("times_optimized", _by_layer(seen, count))
 
 
 def weight_decay(seen: Seen, found: Found) -> None:
@@ -69,16 +69,13 @@ def weight_decay(seen: Seen, found: Found) -> None:
             gradient = float(parameter.grad.norm())
             if gradient > 0:
                 ratios[name] = size / gradient
-    for layer, value in _by_layer(seen, ratios).items():
-        found.component("decay_to_step", layer, value)
+    found.components("decay_to_step", _by_layer(seen, ratios))
     if vectors:
         found.run("decayed_vectors", decayed / vectors)
 
 
-def _by_layer(seen: Seen, values: dict[str, float]) -> dict[str, float]:
-    worst: dict[str, float] = {}
+def _by_layer(seen: Seen, values: Mapping[str, float]) -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         layer = seen.layer_of([seen.parameters[name]])
         if layer is not None:
-            worst[layer] = max(worst.get(layer, 0.0), value)
-    return worst
+            yield layer, float(value)

@@ -38,7 +38,6 @@ class Replica:
     def __init__(self, call: Call, shared: Iterable[Tensor] = ()) -> None:
         self.call = call
         self.module = _copy(_unwrapped(call.module), shared)
-        self.runs = 0
         self.given: set[int] = set()  # ids of the tensors that the last run was given
 
     def run(
@@ -60,7 +59,6 @@ class Replica:
         """
         args = self.call.args if args is None else args
         kwargs = self.call.kwargs if kwargs is None else kwargs
-        self.runs += 1
         # Cloned: a forward may write into its inputs.
         args, kwargs = changed(args, _clone), changed(dict(kwargs), _clone)
         self.given = {id(tensor) for tensor in tensors_of([args, kwargs])}

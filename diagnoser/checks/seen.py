@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diagnoser.checks.calls import Call, Calls, LossCall, changed, distinct, is_plain, tensors_of
 from diagnoser.checks.losses import Loss, find_losses
@@ -254,13 +254,6 @@ class Seen:
             return new if tensor is old else tensor
 
         return changed(self.main.args, change), changed(dict(self.main.kwargs), change)
-
-    def modules(self) -> Iterable[nn.Module]:
-        """All modules of all calls."""
-        known: dict[int, nn.Module] = {}
-        for call in self.calls.modules:
-            known |= {id(m): m for m in call.module.modules()}
-        return known.values()
 
 
 def first_float(outputs: Sequence[Tensor]) -> Tensor:

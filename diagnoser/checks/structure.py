@@ -78,11 +78,7 @@ def residuals(seen: Seen, found: Found) -> None:
     stack = _stack(seen)
     bounds = [a.index for _, a in stack[1:]] + [len(seen.trace.operations)]
     for (name, attention), end in zip(stack, bounds, strict=True):
-        found.component("residual_missing", name, float(not _goes_around(seen, attention, end)))
-
-
-def _goes_around(seen: Seen, attention: Attention, end: int) -> bool:
-    return _residual(seen, attention, end) is not None
+        found.component("residual_missing", name, float(_residual(seen, attention, end) is None))
 
 
 def _residual(seen: Seen, attention: Attention, end: int) -> tuple[Operation, int] | None:
@@ -192,8 +188,7 @@ def streams(seen: Seen, found: Found) -> None:
                 told.append((name, float(at in keys and at not in queries)))
     if not told:
         raise MeasurementError("no two attentions share their weights")
-    for name in dict.fromkeys(name for name, _ in told):
-        found.component("updated_stream", name, max(v for n, v in told if n == name))
+    found.components("updated_stream", told)
 
 
 def growth(seen: Seen, found: Found) -> None:
@@ -254,7 +249,7 @@ def ties(seen: Seen, found: Found) -> None:
         for parameter in module._parameters.values():
             if parameter is not None and parameter.ndim > 1:
                 owners.setdefault(id(parameter), []).append((path, module))
-    tied: dict[str, float] = {}
+    tied: list[tuple[str, float]] = []
     for parameter in seen.parameters.values():
         places = owners.get(id(parameter), [])
         layer = seen.layer_of([parameter])
@@ -263,9 +258,8 @@ def ties(seen: Seen, found: Found) -> None:
             plain = len({path for path, _ in places}) > 1 and not any(
                 isinstance(module, nn.Embedding) for module in modules
             )
-            tied[layer] = max(tied.get(layer, 0.0), float(plain))
-    for layer, value in tied.items():
-        found.component("tied_elsewhere", layer, value)
+            tied.append((layer, float(plain)))
+    found.components("tied_elsewhere", tied)
 
 
 def units(seen: Seen, found: Found) -> None:
@@ -281,7 +275,7 @@ def units(seen: Seen, found: Found) -> None:
     if seen.step > 0 or seen.memory.get("units"):
         return
     seen.memory["units"] = True
-    worst: dict[str, float] = {}
+    twins: list[tuple[str, float]] = []
     for parameter in seen.parameters.values():
         if parameter.ndim < 2 or parameter.shape[0] < 4 or not parameter.is_floating_point():
             continue
@@ -290,10 +284,8 @@ def units(seen: Seen, found: Found) -> None:
         layer = seen.layer_of([parameter])
         if layer is None or len(alive) < 4:
             continue
-        value = 1.0 - len(distinct(alive, 0)) / len(alive)
-        worst[layer] = max(worst.get(layer, 0.0), value)
-    for layer, value in worst.items():
-        found.component("twin_units", layer, value)
+        twins.append((layer, 1.0 - len(distinct(alive, 0)) / len(alive)))
+    found.components("twin_units", twins)
 
 
 def saddles(seen: Seen, found: Found) -> None:
