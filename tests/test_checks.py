@@ -368,6 +368,14 @@ def test_targets_of_a_regression_have_a_scale_and_no_gradient():
     assert numbers(regression(torch.randn(16, 1) * 300), "target_scale")[0] > 100
     assert numbers(regression(torch.ones(16, 1)), "target_constant") == [1.0]
     assert numbers(regression(torch.randn(16, 1)), "target_constant") == [0.0]
+
+
+def test_targets_that_are_nan_have_no_scale():
+    target = torch.randn(16, 1)
+    target[3] = torch.nan
+    seen = regression(target)
+    assert numbers(seen, "target_scale") == numbers(seen, "target_constant") == []
+    assert numbers(regression(target.nan_to_num(torch.inf)), "target_scale") == [float("inf")]
     assert numbers(regression(torch.randn(16, 1)), "target_gradient") == [0.0]
     assert numbers(regression(lambda output: output.flip(0) + 1), "target_gradient") == [1.0]
     assert numbers(regression(lambda o: o.flip(0).detach() + 1), "target_gradient") == [0.0]
@@ -416,6 +424,9 @@ def test_inputs_out_of_scale_not_finite_and_all_the_same():
     assert numbers(checked(model, x * 1e4, target=target), "input_largest")[0] > 1e4
     x[0, 0] = torch.nan
     assert numbers(checked(model, x, target=target), "input_non_finite") == [1 / 64]
+    nothing = checked(model, torch.full_like(x, torch.nan), target=target)
+    assert numbers(nothing, "input_non_finite") == [1.0]
+    assert numbers(nothing, "input_largest") == []
     same = torch.ones(16, 4)
     assert numbers(checked(model, same, target=target), "same_samples") == [1.0]
 
