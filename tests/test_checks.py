@@ -255,6 +255,40 @@ def test_the_future_is_hidden_from_a_model_of_the_next_input():
     assert numbers(hides, "needless_causal") == []
 
 
+class Translator(nn.Module):
+    """Sources are as long as targets; the encoder and the cross-attention may see all of them."""
+
+    def __init__(self, causal=True):
+        super().__init__()
+        self.causal = causal
+        self.source = nn.Embedding(VOCABULARY, WIDTH)
+        self.target = nn.Embedding(VOCABULARY, WIDTH)
+        self.transformer = nn.Transformer(WIDTH, 4, 1, 1, 32, 0.0, batch_first=True)
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, source, target):
+        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        x = self.transformer(
+            self.source(source), self.target(target), tgt_mask=mask if self.causal else None
+        )
+        return self.head(x)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_future_of_targets_is_not_that_of_sources(causal):
+    torch.manual_seed(0)
+    model, source = Translator(causal), torch.randint(VOCABULARY, (8, LENGTH))
+    tokens = torch.randint(VOCABULARY, (8, LENGTH + 1))
+    given, target = tokens[:, :-1], tokens[:, 1:]
+    scores = model(source, given)
+    loss = F.cross_entropy(scores.flatten(0, 1), target.flatten())
+    found = checked(model, source, given, loss=loss, output=scores)
+    rows = [row for row in found.rows if row.quantity == "future_weight"]
+    assert [row.component for row in rows] == ["transformer.decoder.layers.0.self_attn"]
+    assert (rows[0].estimate.value > 0.1) == (not causal)
+    assert (numbers(found, "future_influence")[0] > 0.01) == (not causal)
+
+
 def test_labels_that_were_not_shifted_are_in_the_input():
     assert numbers(language(causal=True, shift=False), "labels_in_input") == [1.0]
     assert numbers(language(causal=True), "labels_in_input") == []
@@ -305,6 +339,95 @@ def test_norms_behind_blocks_are_no_misplaced_residuals_and_are_not_missing():
     model = PostNorm()
     model.layers[1].norm1, model.layers[1].norm2 = nn.Identity(), nn.Identity()
     assert numbers(checked(model, tokens, target=target), "norm_missing") == [0.0, 1.0]
+
+
+class Queries(nn.Module):
+    """Learned queries begin as zeros, to which a code is added: a decoder of DETR."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+        self.codes = nn.Parameter(torch.randn(5, WIDTH))
+        self.attentions = nn.ModuleList(
+            nn.MultiheadAttention(WIDTH, 4, batch_first=True) for _ in range(2)
+        )
+
+    def forward(self, memory):
+        x = torch.zeros(len(memory), 5, WIDTH)
+        for attention in self.attentions:
+            query = x + self.codes + memory.mean(1, keepdim=True)
+            x = x * self.factor + attention(query, query, x + memory[:, :5])[0]
+        return x
+
+
+@pytest.mark.parametrize(("factor", "missing"), [(1.0, 0.0), (0.0, 1.0)])
+def test_zeros_that_queries_begin_as_go_around_and_what_is_multiplied_by_zero_does_not(
+    factor, missing
+):
+    torch.manual_seed(0)
+    model, memory = Queries(factor), torch.randn(4, 7, WIDTH)
+    output = model(memory)
+    found = checked(model, memory, loss=output.square().mean(), output=output)
+    assert numbers(found, "residual_missing") == [0.0, missing]
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH // 4) for _ in range(3))
+
+    def forward(self, x):
+        scores = self.query(x) @ self.key(x).transpose(1, 2) / 2.0
+        return scores.softmax(-1) @ self.value(x)
+
+
+class HeadByHead(nn.Module):
+    """Every head is a module of its own; they stand beside each other, not behind each other."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(depth))
+        self.layers = nn.ModuleList(nn.ModuleList(Head() for _ in range(4)) for _ in range(depth))
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        for norm, heads in zip(self.norms, self.layers, strict=True):
+            y = norm(x)
+            x = x + torch.cat([head(y) for head in heads], -1)
+        return self.head(x.mean(1))
+
+
+def test_heads_that_are_modules_of_their_own_need_neither_norm_nor_residual():
+    torch.manual_seed(0)
+    x, target = torch.randn(6, 5, WIDTH), torch.arange(6) % CLASSES
+    one = checked(HeadByHead(1), x, target=target)
+    assert one.unknown["norm_missing"] == "no attention follows another"
+    two = checked(HeadByHead(2), x, target=target)
+    assert numbers(two, "norm_missing") == [0.0] * 8
+    assert numbers(two, "residual_missing") == [0.0] * 8
+
+
+class Refined(nn.Module):
+    """Two attentions of different purpose, none with a sum around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.own = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+        self.norm = nn.LayerNorm([5, WIDTH])
+        self.last = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+
+    def forward(self, x):
+        x = self.norm(self.own(x, x, x)[0])
+        return self.last(x, x, x)[0]
+
+
+def test_a_residual_is_missing_only_where_there_is_a_sign_that_one_was_meant():
+    torch.manual_seed(0)
+    model, x = Refined(), torch.randn(4, 5, WIDTH)
+    output = model(x)
+    found = checked(model, x, loss=output.square().mean(), output=output)
+    assert numbers(found, "residual_missing") == [0.0, 0.0]
+    assert max(numbers(found, "twin_units")) == 0.0  # the gain of a norm has rows, all ones
 
 
 class TwoStreams(nn.Module):

@@ -355,6 +355,11 @@ def test_rules_of_stability_follow_the_optimizer() -> None:
     rule = step_rules(adam, {id(p): "p"})["p"]
     assert rule.factor == pytest.approx(0.1 / 3.8)
     torch.testing.assert_close(rule.second_moment, torch.ones(2))
+    rectified = torch.optim.RAdam([p], lr=0.1)
+    rectified.step()
+    rule = step_rules(rectified, {id(p): "p"})["p"]
+    assert rule.second_moment is None  # its steps are shorter than Adam's, by a factor of its own
+    assert math.isnan(rule.factor)
 
 
 @pytest.mark.parametrize(

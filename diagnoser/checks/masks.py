@@ -119,21 +119,22 @@ def mask_value(seen: Seen, found: Found) -> None:
 def causality(seen: Seen, found: Found) -> None:
     """Finds attention that sees the future of what it is to predict, or needlessly does not.
 
-    ``future_weight``: share of attention on later positions, in self-attention over inputs that are
-    the loss's next targets. ``needless_causal``: 1 where no later position is ever seen although a
-    sample has a single target, which is read from a mean over positions or from the first of them.
+    ``future_weight``: share of attention on later positions, in self-attention whose queries and
+    keys are made of inputs that are the loss's next targets (a decoder's, not its encoder's).
+    ``needless_causal``: 1 where no later position is ever seen although a sample has a single
+    target, which is read from a mean over positions or from the first of them.
 
     Source: huggingface/transformers#48745, xformers#103, DEFault++ VEC.
     Cannot see: targets that are not recognised as next inputs (integers of the input's length).
     Costs: nothing beyond the trace.
     """
-    lengths = next_input_lengths(seen)
+    targets = next_inputs(seen)
     one_each = any(
         loss.target is not None and loss.target.ndim and loss.target.shape[0] == seen.batch
         and (loss.target.ndim == 1 or loss.target.numel() == seen.batch)
         for loss in seen.losses
     )  # fmt: skip
-    if not lengths and not one_each:
+    if not targets and not one_each:
         raise MeasurementError("what the loss compares with has no order that is known")
     for name, attention in seen.attentions:
         if not attention.is_self:
@@ -144,9 +145,9 @@ def causality(seen: Seen, found: Found) -> None:
         later = later[torch.isfinite(later)]  # a row that is not finite shows nothing
         if not len(later):
             continue
-        if length in lengths:
+        if any(length == n and _is_made_of(seen, attention, tokens) for tokens, n in targets):
             found.component("future_weight", name, float(later.mean()))
-        elif one_each and not lengths and length > 2:
+        elif one_each and not targets and length > 2:
             hidden = float(later.max()) < HIDDEN and _pools(seen, attention, length)
             found.component("needless_causal", name, float(hidden))
 
@@ -164,14 +165,28 @@ def _pools(seen: Seen, attention: Attention, length: int) -> bool:
     return False
 
 
-def next_input_lengths(seen: Seen) -> set[int]:
-    """Returns the lengths of the integer inputs whose next entries the loss compares with."""
-    lengths: set[int] = set()
+def _is_made_of(seen: Seen, attention: Attention, tokens: Tensor) -> bool:
+    """Whether both queries and keys depend on an input."""
+    trace, scores, sides = seen.trace, attention.scores, attention.sides
+    if scores is None or sides is None:
+        return False
+    places = {
+        operation.index
+        for operation in trace.named("embedding")
+        if operation.inputs[1].shape == tokens.shape and torch.equal(operation.inputs[1], tokens)
+    }
+    return all(
+        any(o.index in places for o in trace.ancestors(trace.producer(scores, side)))
+        for side in sides
+    )
+
+
+def next_inputs(seen: Seen) -> list[tuple[Tensor, int]]:
+    """Returns the integer inputs whose next entries the loss compares with, and their length."""
+    found: list[tuple[Tensor, int]] = []
     for tensor in seen.token_inputs:
-        for tokens in (
-            tensor.reshape(-1, tensor.shape[-1]),
-            tensor.reshape(-1, tensor.shape[-1]).t(),
-        ):
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        for tokens in (rows, rows.t()):
             later = tokens[:, 1:]
             for loss in seen.losses:
                 target = loss.target
@@ -183,8 +198,8 @@ def next_input_lengths(seen: Seen) -> set[int]:
                 if flat.numel() == later.numel() and _same(
                     flat.reshape(later.shape), later, loss.ignored
                 ):
-                    lengths.add(tokens.shape[1])
-    return lengths
+                    found.append((tensor, tokens.shape[1]))
+    return found
 
 
 def _same(target: Tensor, later: Tensor, ignored: int | None) -> bool:

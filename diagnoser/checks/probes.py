@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diagnoser.checks.calls import changed
-from diagnoser.checks.masks import next_input_lengths
+from diagnoser.checks.masks import next_inputs
 from diagnoser.checks.reading_attention import find_attentions
 from diagnoser.checks.seen import Found, Seen, first_float
 from diagnoser.checks.trace import Trace
@@ -250,11 +250,11 @@ def future(seen: Seen, found: Found) -> None:
     Cannot see: models whose targets are not recognised as next inputs.
     Costs: one forward.
     """
-    lengths = next_input_lengths(seen)
-    if not lengths:
+    targets = next_inputs(seen)
+    if not targets:
         raise MeasurementError("the loss does not compare with next inputs")
-    tokens = next(t for t in seen.token_inputs if t.shape[-1] in lengths or t.shape[0] in lengths)
-    if tokens.ndim != 2 or tokens.shape[-1] not in lengths:
+    tokens = next((t for t, length in targets if t.ndim == 2 and t.shape[-1] == length), None)
+    if tokens is None:
         raise MeasurementError("time is not the last axis of the input")
     base = first_float(seen.outputs)
     length = tokens.shape[1]

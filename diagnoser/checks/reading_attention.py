@@ -134,21 +134,13 @@ def _is_handmade(trace: Trace, operation: Operation) -> bool:
     """Whether an operation is the division of ``exp(x) / exp(x).sum(...)``."""
     if operation.name != "div" or len(operation.inputs) < 2:
         return False
-    top, bottom = (_behind(trace, operation, side) for side in (0, 1))
+    top, bottom = (trace.behind(operation, side) for side in (0, 1))
     if top is None or bottom is None or top.name != "exp":
         return False
     return any(
         step.name == "sum" and any(s.name == "exp" for s in trace.ancestors(step, 8))
         for step in trace.ancestors(bottom, 8)
     )
-
-
-def _behind(trace: Trace, operation: Operation, position: int) -> Operation | None:
-    """Returns what made an input, behind changes of its shape."""
-    before = trace.producer(operation, position)
-    while before is not None and before.name in SHAPE_ONLY:
-        before = trace.producer(before, 0) if before.sources else None
-    return before
 
 
 # -- forwards: from the softmax to the values ------------------------------------------------------

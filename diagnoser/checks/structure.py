@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
 from diagnoser.checks.calls import distinct, tensors_of
 from diagnoser.checks.reading_attention import NORMS, Attention
 from diagnoser.checks.seen import Found, Seen
-from diagnoser.checks.trace import SHAPE_ONLY, Operation
+from diagnoser.checks.trace import SHAPE_ONLY, Operation, Trace
 from diagnoser.errors import MeasurementError
 
 SQUASHING = ("sigmoid", "tanh")
 MOST_ROWS = 512  # of a weight that are compared
 
 
-def _stack(seen: Seen) -> list[tuple[str, Attention]]:
-    """The self-attentions of a model that has several, in order."""
-    own = [(n, a) for n, a in seen.attentions if a.is_self and a.width > 1]
-    if len(own) < 2:
-        raise MeasurementError("fewer than two layers of self-attention")
-    return own
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """An attention, what it depends on, and where the next one begins that depends on it."""
+
+    name: str
+    attention: Attention
+    before: frozenset[int]
+    following: int | None  # position in the list of layers; None: nothing attends to what it gives
+
+    def end(self, layers: Sequence[_Layer], seen: Seen) -> int:
+        """The operation at which what it gives is attended to, or the end of the forward."""
+        if self.following is None:
+            return len(seen.trace.operations)
+        return layers[self.following].attention.index
+
+
+def _layers(seen: Seen, attentions: Sequence[tuple[str, Attention]]) -> list[_Layer]:
+    """Attentions in order. Heads that are modules of their own do not follow each other."""
+    before = [frozenset(o.index for o in seen.trace.ancestors(a.softmax)) for _, a in attentions]
+    layers = []
+    for i, (name, attention) in enumerate(attentions):
+        later = range(i + 1, len(attentions))
+        following = next((j for j in later if attention.product.index in before[j]), None)
+        layers.append(_Layer(name, attention, before[i], following))
+    if all(layer.following is None for layer in layers):
+        raise MeasurementError("no attention follows another")
+    return layers
 
 
 def norms(seen: Seen, found: Found) -> None:
@@ -35,13 +58,18 @@ def norms(seen: Seen, found: Found) -> None:
     Cannot see: models of one layer; norms written by hand other than by a root or a norm.
     Costs: nothing beyond the trace.
     """
-    stack = [(name, a) for name, a in seen.attentions if a.width > 1 and a.is_product]
-    if len(stack) < 2:
-        raise MeasurementError("fewer than two attentions of queries and keys")
-    between = seen.trace.operations[stack[0][1].index : stack[-1][1].index]
-    none = not any(operation.name in NORMS for operation in between)
+    layers = _layers(seen, [(n, a) for n, a in seen.attentions if a.width > 1 and a.is_product])
+    operations = seen.trace.operations
+    between = {
+        operations[i].name
+        for layer in layers
+        if layer.following is not None
+        for i in layers[layer.following].before
+        if i > layer.attention.product.index
+    }
+    none = not between & NORMS
     modules = dict(seen.main.module.named_modules(remove_duplicate=False))
-    for name in dict.fromkeys(name for name, _ in stack):
+    for name in dict.fromkeys(layer.name for layer in layers):
         found.component("norm_missing", name, none or _fewer_norms(modules, name))
 
 
@@ -68,53 +96,77 @@ def _count_norms(module: nn.Module) -> int:
 def residuals(seen: Seen, found: Found) -> None:
     """Finds attention layers whose input does not go around them.
 
-    ``residual_missing``: 1 where nothing that an attention was computed from is added to what it
-    gives, before the next attention.
+    ``residual_missing``: 1 where nothing that a self-attention was computed from is added to what
+    it gives before that is attended to again, although another attention of the model has such a
+    sum, or two layers of one list follow each other without any. Without either there is no sign
+    that one was meant to be there.
 
     Source: DEFault++ RRS, benchmark operator N3.
     Cannot see: models of one layer; other ways around (concatenation counts as one).
     Costs: nothing beyond the trace.
     """
-    stack = _stack(seen)
-    bounds = [a.index for _, a in stack[1:]] + [len(seen.trace.operations)]
-    for (name, attention), end in zip(stack, bounds, strict=True):
-        found.component("residual_missing", name, float(_residual(seen, attention, end) is None))
+    layers = _layers(seen, [(n, a) for n, a in seen.attentions if a.width > 1])
+    around = [_residual(seen, layer, layer.end(layers, seen)) is not None for layer in layers]
+    usual = any(around) or any(
+        layer.following is not None
+        and layer.name != layers[layer.following].name
+        and _numberless(layer.name) == _numberless(layers[layer.following].name)
+        for layer in layers
+    )
+    missing = [
+        (layer.name, float(usual and not has))
+        for layer, has in zip(layers, around, strict=True)
+        if layer.attention.is_self
+    ]
+    found.components("residual_missing", missing)
 
 
-def _residual(seen: Seen, attention: Attention, end: int) -> tuple[Operation, int] | None:
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _residual(seen: Seen, layer: _Layer, end: int) -> tuple[Operation, int] | None:
     """Finds where the input of an attention is added to what it gives.
 
     Returns:
         The addition, and the operation that its other operand comes from (-1: it was given).
     """
-    trace = seen.trace
-    before = {o.index for o in trace.ancestors(attention.scores)}
-    queue, known = [attention.product], {attention.product.index}
+    trace, product = seen.trace, layer.attention.product
+    queue, known = [product], {product.index}
     for operation in queue:
         for consumer in trace.consumers(operation):
             if consumer.index >= end or consumer.index in known:
                 continue
             if consumer.name in ("add", "cat") and len(consumer.inputs) > 1:
-                for tensor, source in zip(consumer.inputs, consumer.sources, strict=True):
-                    if source == operation.index or not bool(tensor.any()):
-                        continue  # itself, or zeros, which carry nothing around
-                    if source < 0 and id(tensor) in seen.given:
+                for position, source in enumerate(consumer.sources):
+                    if source == operation.index or _is_cut(trace, consumer, position):
+                        continue
+                    if source < 0 and id(consumer.inputs[position]) in seen.given:
                         return consumer, source
-                    if source >= 0 and (
-                        source in before or _comes_from(seen, source, before, attention)
-                    ):
+                    if source >= 0 and (source in layer.before or _comes_from(seen, source, layer)):
                         return consumer, source
             known.add(consumer.index)
             queue.append(consumer)
     return None
 
 
-def _comes_from(seen: Seen, source: int, before: set[int], attention: Attention) -> bool:
+def _is_cut(trace: Trace, operation: Operation, position: int) -> bool:
+    """Whether an operand was multiplied by zero: then it carries nothing around.
+
+    Zeros that were made as such do not count: queries of decoders begin as zeros.
+    """
+    made = trace.behind(operation, position)
+    if made is None or made.name != "mul" or bool(made.result.any()):
+        return False
+    return any(bool(tensor.any()) for tensor in made.inputs)
+
+
+def _comes_from(seen: Seen, source: int, layer: _Layer) -> bool:
     """Whether an operand is a scaled or projected form of what the attention was computed from."""
     for operation in seen.trace.ancestors(seen.trace.operations[source], 12):
-        if operation.index == attention.product.index:
+        if operation.index == layer.attention.product.index:
             return False
-        if operation.index in before:
+        if operation.index in layer.before:
             return True
     return False
 
@@ -130,9 +182,8 @@ def residual_source(seen: Seen, found: Found) -> None:
     Cannot see: models of one layer; a final norm that is there all the same.
     Costs: nothing beyond the trace.
     """
-    stack = _stack(seen)
-    bounds = [a.index for _, a in stack[1:]] + [len(seen.trace.operations)]
-    sums = [_residual(seen, a, end) for (_, a), end in zip(stack, bounds, strict=True)]
+    layers = _layers(seen, [(n, a) for n, a in seen.attentions if a.is_self and a.width > 1])
+    sums = [_residual(seen, layer, layer.end(layers, seen)) for layer in layers]
     known = [s for s in sums if s is not None]
     if len(known) < len(sums):
         raise MeasurementError("not every attention has a residual")
@@ -140,14 +191,14 @@ def residual_source(seen: Seen, found: Found) -> None:
     after = seen.trace.operations[known[-1][0].index :]
     open_end = not any(operation.name in NORMS for operation in after[-_last_sum(after) :])
     value = all(from_norm) and open_end
-    for name in dict.fromkeys(name for name, _ in stack):
+    for name in dict.fromkeys(layer.name for layer in layers):
         found.component("residual_normalised", name, value)
 
 
 def _made_by_norm(seen: Seen, source: int) -> bool:
     operation = seen.trace.operations[source] if source >= 0 else None
-    while operation is not None and operation.name in SHAPE_ONLY:
-        operation = seen.trace.producer(operation, 0)
+    if operation is not None and operation.name in SHAPE_ONLY:
+        operation = seen.trace.behind(operation, 0)
     return operation is not None and operation.name in NORMS
 
 
@@ -266,7 +317,7 @@ def units(seen: Seen, found: Found) -> None:
     """Finds units that start alike, and cannot become different.
 
     ``twin_units``: share of a matrix's rows that equal another of its rows, zeros apart, at the
-    first step.
+    first step. What is all ones is the gain of a norm, whatever its shape, and not a matrix.
 
     Source: DEFault++ FWI, TheDeepChecker (symmetry breaking), benchmark operator F1.
     Cannot see: units that are alike after a norm, or whose outgoing weights are.
@@ -281,6 +332,8 @@ def units(seen: Seen, found: Found) -> None:
             continue
         rows = parameter.detach().reshape(parameter.shape[0], -1)[:MOST_ROWS]
         alive = rows[rows.abs().amax(1) > 0]
+        if bool((rows == 1).all()):
+            continue
         layer = seen.layer_of([parameter])
         if layer is None or len(alive) < 4:
             continue

@@ -100,6 +100,13 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         source = operation.sources[position]
         return self.operations[source] if source >= 0 else None
 
+    def behind(self, operation: Operation, position: int) -> Operation | None:
+        """Returns what made an input, behind changes of its shape; None for what was given."""
+        made = self.producer(operation, position)
+        while made is not None and made.name in SHAPE_ONLY:
+            made = self.producer(made, 0) if made.sources else None
+        return made
+
     def named(self, *names: str) -> Iterator[Operation]:
         """Yields the operations of some names, in order."""
         return (operation for operation in self.operations if operation.name in names)

@@ -146,7 +146,9 @@ def step_rules(optimizer: torch.optim.Optimizer, name_of: Mapping[int, str]) -> 
             if name is None:
                 continue
             state = optimizer.state.get(parameter, {})
-            second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+            # Of Adam and its kin alone: RAdam's first steps are shorter by a factor of their own.
+            adam = "Adam" in (kind := type(optimizer).__name__) and "RAdam" not in kind
+            second = state.get("max_exp_avg_sq", state.get("exp_avg_sq")) if adam else None
             if second is not None and betas is not None:
                 beta1, beta2 = float(betas[0]), float(betas[1])
                 step = float(state.get("step", 0.0))
