@@ -193,6 +193,27 @@ def test_accuracy_and_classes_of_the_loss() -> None:
     assert read_graph(scores.square().mean()).loss is None
 
 
+WHOLE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
+    "alone": (F.cross_entropy, True),
+    "accumulated": (lambda s, t: F.cross_entropy(s, t) / 4, True),
+    "smoothed": (lambda s, t: F.cross_entropy(s, t, label_smoothing=0.1), True),
+    "with a penalty": (lambda s, t: F.cross_entropy(s, t) + 0.01 * s.square().mean(), True),
+    "mean by hand": (lambda s, t: F.cross_entropy(s, t, reduction="none").mean(), True),
+    "summed": (lambda s, t: F.cross_entropy(s, t, reduction="sum"), False),
+    "beside a larger one": (lambda s, t: F.cross_entropy(s, t) + 50 * s.square().mean(), False),
+    "three of them": (lambda s, t: sum(F.cross_entropy(s * i, t) for i in (1, 2, 3)), False),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_guessing_costs_is_known_of_a_loss_that_is_trained_as_it_is(name: str) -> None:
+    loss, whole = WHOLE[name]
+    torch.manual_seed(0)
+    scores, target = nn.Linear(4, 3)(torch.randn(20, 4)), torch.randint(0, 3, (20,))
+    reading = read_graph(loss(scores, target)).loss
+    assert reading is not None and reading.is_whole == whole
+
+
 LABELS = torch.tensor([0, 1, 2, 0])
 TARGETS = F.one_hot(LABELS, 3).float()
 LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {

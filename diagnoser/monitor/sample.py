@@ -124,7 +124,7 @@ class Sample:
         """Adds what the graph shows of the loss and of every attention."""
         names = self.subject.name_of
         self.reached = {names[id(p)] for p in reading.parameters if id(p) in names}
-        if reading.loss is not None:
+        if reading.loss is not None and reading.loss.is_whole:
             self.run("classes", float(reading.loss.classes))
         self.run("probabilities_into_loss", float(reading.probabilities_into_loss is not None))
         merged: dict[str, list[tuple[float, float, float]]] = {}

@@ -16,8 +16,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diagnoser.statistics.activations import SAVED_INPUT, InputStatistics, read_inputs, saved_input
@@ -31,20 +33,28 @@ from diagnoser.statistics.nodes import (
     SOFTMAX,
     Node,
     inputs_of,
+    is_shape_only,
     operation_of,
     own_parameters,
     signed,
     skip_shapes,
 )
 
+MEAN: Final = 1  # torch's number for a loss that is a mean
+
 
 @dataclass(frozen=True, slots=True)
 class LossReading:
-    """What a classification loss shows: how often it is right, over how many classes."""
+    """What a classification loss shows: how often it is right, over how many classes.
+
+    ``is_whole`` says that it is what is trained, up to a factor or small additions: then
+    ln(classes) is what guessing costs. Of a sum of losses it is not.
+    """
 
     accuracy: float
     classes: int
     samples: int
+    is_whole: bool
 
 
 @dataclass(slots=True)
@@ -98,7 +108,7 @@ def read_graph(root: Tensor, *, values: bool = True) -> GraphReading:
         return reading
     with torch.no_grad():
         for node in losses:
-            reading.loss = reading.loss or _read_loss(node)
+            reading.loss = reading.loss or _read_loss(node, root)
             reading.probabilities_into_loss = (
                 reading.probabilities_into_loss or _squashed_before_loss(node)
             )
@@ -130,7 +140,7 @@ def _walk(start: Node | None, consumers: dict[Node, list[Node]]) -> Iterator[Nod
                 queue.append(following)
 
 
-def _read_loss(node: Node) -> LossReading | None:
+def _read_loss(node: Node, root: Tensor) -> LossReading | None:
     target = node._saved_target
     if node.name().startswith("NllLoss"):
         scores = node._saved_self
@@ -138,16 +148,36 @@ def _read_loss(node: Node) -> LossReading | None:
             scores, target = scores.unsqueeze(0), target.reshape(1)
         counted = target != signed(node._saved_ignore_index)
         right, classes = scores.argmax(dim=1) == target, scores.shape[1]
+        each = -scores.gather(1, torch.where(counted, target, 0).unsqueeze(1)).squeeze(1)
     else:
         scores = node._saved_self
         if not bool(((target == 0) | (target == 1)).all()):
             return None
         counted = torch.ones_like(target, dtype=torch.bool)
         right, classes = (scores > 0) == (target > 0.5), 2
+        each = F.binary_cross_entropy_with_logits(scores, target, reduction="none")
     samples = int(counted.sum())
     if samples == 0 or not bool(torch.isfinite(scores).all()):
         return None
-    return LossReading(float((right & counted).sum()) / samples, classes, samples)
+    whole = _is_scaled(node, root) or _is_near(float(each[counted].mean()), root)
+    return LossReading(float((right & counted).sum()) / samples, classes, samples, whole)
+
+
+def _is_scaled(node: Node, root: Tensor) -> bool:
+    """Whether the root is a mean loss, multiplied by numbers at most (gradient accumulation)."""
+    step: Node | None = root.grad_fn
+    while step is not None and step is not node:
+        behind = inputs_of(step)
+        if len(behind) != 1 or not (is_shape_only(step) or operation_of(step) in ("Mul", "Div")):
+            return False
+        step = behind[0]
+    return bool(step is node and node._saved_reduction == MEAN)
+
+
+def _is_near(mean: float, root: Tensor) -> bool:
+    """Whether the root is about the mean loss: smoothed, weighted, with a small penalty."""
+    value = float(root) if root.numel() == 1 else float("nan")
+    return mean / 2 <= value <= 2 * mean
 
 
 def _squashed_before_loss(node: Node) -> str | None:
