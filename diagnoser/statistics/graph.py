@@ -165,13 +165,13 @@ def _read_loss(node: Node, root: Tensor) -> LossReading | None:
 
 def _is_scaled(node: Node, root: Tensor) -> bool:
     """Whether the root is a mean loss, multiplied by numbers at most (gradient accumulation)."""
-    step: Node | None = root.grad_fn
-    while step is not None and step is not node:
+    step: Node = root.grad_fn
+    while step is not node:
         behind = inputs_of(step)
         if len(behind) != 1 or not (is_shape_only(step) or operation_of(step) in ("Mul", "Div")):
             return False
         step = behind[0]
-    return bool(step is node and node._saved_reduction == MEAN)
+    return bool(node._saved_reduction == MEAN)
 
 
 def _is_near(mean: float, root: Tensor) -> bool:
