@@ -201,6 +201,30 @@ def test_samples_that_depend_on_each_other_leak():
     assert numbers(classified(""), "sample_leak") == [0.0]
 
 
+class Graph(nn.Module):
+    """Attention between the nodes of one graph, where there is an edge."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, nodes, edges):
+        scores = self.query(nodes) @ self.key(nodes).t() / WIDTH**0.5
+        weights = scores.masked_fill(edges == 0, -9e15).softmax(-1)
+        return self.head(weights @ self.value(nodes))
+
+
+def test_members_of_one_set_are_no_samples_that_leak():
+    torch.manual_seed(0)
+    nodes, edges = torch.randn(12, WIDTH), (torch.rand(12, 12) < 0.5).float() + torch.eye(12)
+    found = checked(Graph(), nodes, edges, target=torch.arange(12) % CLASSES)
+    reason = "what is given is one set, whose members attend to each other"
+    assert found.unknown["sample_leak"] == reason
+    assert found.unknown["sample_leak_begins"] == reason
+    assert found.unknown["position_share"].startswith("what is given is one set")
+
+
 def test_positions_that_cannot_be_told_apart_have_no_share():
     assert numbers(classified("no positions"), "position_share") == [0.0]
     assert numbers(classified(""), "position_share")[0] > 0.3

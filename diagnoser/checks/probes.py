@@ -66,7 +66,8 @@ def sample_leak(seen: Seen, found: Found) -> None:
 
     Source: DEFault++ (cross-example leak), TheDeepChecker (input dependency).
     Cannot see: a batch axis that is not the first (it says so), leaks in train mode alone (batch
-    norm, contrastive losses).
+    norm, contrastive losses); what is given as one set, such as the nodes of a graph (n, features),
+    whose members are to attend to each other.
     Costs: one forward, two where it finds a leak.
     """
     base = first_float(seen.outputs)
@@ -82,6 +83,8 @@ def sample_leak(seen: Seen, found: Found) -> None:
         if alone > NOISE * spread and beside <= NOISE * spread:
             raise MeasurementError("the samples may lie along the second axis of the input")
     found.run("input_influence", own / spread if spread > 0 else 0.0)
+    if leaks and _is_one_set(seen):
+        raise MeasurementError("what is given is one set, whose members attend to each other")
     if own > NOISE * spread > 0:
         found.run("sample_leak", others / own if leaks else 0.0)
         found.place("model", seen.main.place)
@@ -91,6 +94,16 @@ def sample_leak(seen: Seen, found: Found) -> None:
         place = _where_it_begins(seen, trace, size)
         if place is not None:
             found.component("sample_leak_begins", place, others / own)
+
+
+def _is_one_set(seen: Seen) -> bool:
+    """Whether the first axis of the inputs is what attention runs along, and there is no other."""
+    if seen.token_inputs or any(t.ndim > 2 for t in seen.main.inputs):
+        return False
+    try:
+        return any(a.weights.shape[-2:] == (seen.batch, seen.batch) for _, a in seen.attentions)
+    except MeasurementError:
+        return False
 
 
 def _where_it_begins(seen: Seen, changed_run: Trace, size: int) -> str | None:
@@ -131,6 +144,8 @@ def order_blind(seen: Seen, found: Found) -> None:
         raise MeasurementError("no self-attention in the model's forward")
     if attention.weights.shape[-1] < 3:
         raise MeasurementError("self-attention over two positions")
+    if _is_one_set(seen):
+        raise MeasurementError("what is given is one set: its members have no positions")
     if attention.hidden is not None and _sees_no_later(attention.weights):
         raise MeasurementError("a causal mask tells positions apart by itself")
     real = real.float()
