@@ -7,6 +7,7 @@
 ``python -m benchmarks.reproductions watch --half first``
     trains both forms under ``diagnoser run`` and keeps what it says, and whether the script printed
     what it prints by itself.
+    The first look at the second half is kept apart, in ``judged-once``, and never made again.
 ``python -m benchmarks.reproductions score --half first``
     counts that (`reproductions_document`), prints it and writes ``docs/reproductions.md``.
 
@@ -270,9 +271,10 @@ def _watch(arguments: argparse.Namespace, known: Mapping[str, Reproduction]) -> 
 def _score(arguments: argparse.Namespace, _: Mapping[str, Reproduction]) -> None:
     from benchmarks import reproductions_document, tables
 
-    for half in _halves(arguments.half):
-        print(reproductions_document.figures([half]))
-        print(f"\n{reproductions_document.scripts(half)}\n")
+    for name, look in reproductions_document.LOOKS.items():
+        if look.half in _halves(arguments.half):
+            print(reproductions_document.figures([name]))
+            print(f"\n{reproductions_document.scripts(name)}\n")
     path = reproductions_document.DOCUMENT
     text = tables.rendered(path.read_text(encoding="utf-8"), reproductions_document.BLOCKS)
     write_whole(path, text.encode())

@@ -13,8 +13,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from benchmarks import controls
 from benchmarks.ablation_document import table
-from benchmarks.reproductions import HALVES, HARM, Reproduction, load
+from benchmarks.reproductions import HARM, Half, Reproduction, load
 from benchmarks.reproductions_runs import PUBLISHED, ROOT, Row, current, read_rows, watched_path
 from diagnoser.benchmark.intervals import wilson
 from diagnoser.classifier import to_blame
@@ -22,6 +23,22 @@ from diagnoser.classifier import to_blame
 DOCUMENT: Final = ROOT / "docs" / "reproductions.md"
 NOT_YET: Final = "Not there yet: nothing of this half has been watched."
 TOP: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Watched runs of a half: of the code now, or of the first look at it."""
+
+    title: str
+    half: Half
+    once: bool
+
+
+LOOKS: Final[Mapping[str, Look]] = {
+    "first": Look("first half", "first", once=False),
+    "second": Look("second half, judged once", "second", once=True),
+    "mended": Look("second half, mended since", "second", once=False),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,35 +126,37 @@ def _is_alarm(row: Row) -> bool:
     return bool(row["verdict"] == "faulty")
 
 
-def read(half: str) -> tuple[dict[str, Reproduction], dict[str, Row], list[Row]]:
+def read(look: str) -> tuple[dict[str, Reproduction], dict[str, Row], list[Row]]:
     """Returns the scripts of a half, the harm of all, and the watched runs of these scripts."""
+    half, once = LOOKS[look].half, LOOKS[look].once
     known = {name: expected for name, expected in load()[0].items() if expected.half == half}
     harms = json.loads(HARM.read_text(encoding="utf-8")) if HARM.exists() else {}
-    return known, harms, current(read_rows(watched_path(half)), known)
+    return known, harms, current(read_rows(watched_path(half, once=once)), known)
 
 
-def figures(halves: Sequence[str] = HALVES) -> str:
-    """How often the diagnosis is right, a column a half, and what it was counted on."""
+def figures(looks: Iterable[str] = LOOKS) -> str:
+    """How often the diagnosis is right, a column a look at a half, and what it was counted on."""
     columns: dict[str, dict[str, Share | None]] = {}
     notes = []
-    for half in halves:
-        known, harms, rows = read(half)
+    for look in looks:
+        known, harms, rows = read(look)
+        title = LOOKS[look].title
         if not rows:
-            notes.append(f"The {half} half: {NOT_YET[0].lower()}{NOT_YET[1:]}")
+            notes.append(f"The {title}: {NOT_YET[0].lower()}{NOT_YET[1:]}")
             continue
-        columns[half] = shares(known, harms, rows)
-        notes.append(counted(half, known, harms, rows))
+        columns[title] = shares(known, harms, rows)
+        notes.append(counted(title, known, harms, rows))
     lines = []
     if columns:
         names = next(iter(columns.values()))
         cells = [[name, *(str(own[name] or "") for own in columns.values())] for name in names]
-        lines = [table(["", *(f"{half} half" for half in columns)], cells), ""]
+        lines = [table(["", *columns], cells), ""]
     return "\n".join([*lines, *(f"* {note}" for note in notes)])
 
 
-def judges(half: str) -> str:
+def judges(look: str) -> str:
     """The same figures for every judge of the same logs, in the same order of names."""
-    known, harms, rows = read(half)
+    known, harms, rows = read(look)
     if not rows:
         return NOT_YET
     by_judge = {"diagnoser": rows}
@@ -152,15 +171,15 @@ def judges(half: str) -> str:
 
 
 def counted(
-    half: str, known: Mapping[str, Reproduction], harms: Mapping[str, Row], rows: Sequence[Row]
+    title: str, known: Mapping[str, Reproduction], harms: Mapping[str, Row], rows: Sequence[Row]
 ) -> str:
-    """Says what the figures of a half were counted on, in words."""
+    """Says what the figures of a look were counted on, in words."""
     watched = {row["script"] for row in rows}
     neither = [name for name in sorted(watched) if not is_faulty(known[name], harms.get(name))]
     same = sum(row["same_output"] for row in rows)
     codes = ", ".join(f"`{code}`" for code in sorted({row["code"] for row in rows}))
     cost = statistics.median(row["cpu_s"] / row["plain_cpu_s"] for row in rows)
-    text = f"The {half} half: {len(rows)} runs of {len(watched)} scripts, judged by code {codes}. "
+    text = f"The {title}: {len(rows)} runs of {len(watched)} scripts, judged by code {codes}. "
     if neither:
         rows_left = ", ".join(str(known[name].row) for name in neither)
         text += (
@@ -173,9 +192,9 @@ def counted(
     )
 
 
-def scripts(half: str) -> str:
+def scripts(look: str) -> str:
     """What is said of every script of a half."""
-    known, harms, rows = read(half)
+    known, harms, rows = read(look)
     if not rows:
         return NOT_YET
     lines = []
@@ -229,8 +248,54 @@ def _plain(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\|*_`<[" else c for c in " ".join(text.split()))
 
 
+def healthy() -> str:
+    """How often healthy scripts are called faulty, a line a look at a half, a column a judge."""
+    lines = []
+    for look in LOOKS.values():
+        known, rows = controls.read(look.half, once=look.once)
+        if not rows:
+            continue
+        learnt = [row for row in rows if controls.is_learnt(row, known[row["script"]])]
+        cells = [f"{look.title}", f"{len(learnt)} of {len(rows)}"]
+        for family in ("", *PUBLISHED):
+            alarms: dict[str, list[bool]] = {}
+            for row in learnt:
+                judged = row["others"].get(family) if family else row
+                if judged is not None:
+                    alarms.setdefault(row["script"], []).append(_is_alarm(judged))
+            cells.append(str(share(alarms) or ""))
+        lines.append(cells)
+    head = ["healthy scripts", "runs that learn", "diagnoser", *PUBLISHED]
+    return table(head, lines) if lines else NOT_YET
+
+
+def alarms() -> str:
+    """Which healthy scripts are called faulty, and what is said of them."""
+    lines = []
+    for look in LOOKS.values():
+        known, rows = controls.read(look.half, once=look.once)
+        for name, control in known.items():
+            own = [row for row in rows if row["script"] == name]
+            alarmed = [row for row in own if _is_alarm(row)]
+            if alarmed:
+                said = [f"{f['source']} in {f['component']}" for f in alarmed[0]["findings"]]
+                lines.append(
+                    [
+                        look.title,
+                        str(control.number),
+                        _plain(control.title),
+                        f"{len(alarmed)} of {len(own)}",
+                        _plain("; ".join(said[:TOP])),
+                    ]
+                )
+    head = ["healthy scripts", "number", "what it is", "called faulty", "first findings"]
+    return table(head, lines) if lines else "None."
+
+
 BLOCKS: Final[Mapping[str, Callable[[], str]]] = {
     "figures": figures,
-    **{f"{half} judges": functools.partial(judges, half) for half in HALVES},
-    **{f"{half} scripts": functools.partial(scripts, half) for half in HALVES},
+    "healthy": healthy,
+    "alarms": alarms,
+    **{f"{look} judges": functools.partial(judges, look) for look in LOOKS},
+    **{f"{look} scripts": functools.partial(scripts, look) for look in LOOKS},
 }

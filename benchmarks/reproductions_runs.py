@@ -1,4 +1,6 @@
-"""Runs of the scripts in ``cases/reproductions``, plain and watched, and the files that keep them.
+"""Runs of the scripts in ``cases``, plain and watched, and the files that keep them.
+
+Those of ``reproductions`` have two forms, those of ``controls`` are as they should be.
 
 Finished runs are kept, a line each, and not made again unless the script changed or, of watched
 ones, the code that judges. One process at a time may write to a file.
@@ -29,10 +31,14 @@ from diagnoser.runlog import read_run
 
 ROOT: Final = Path(__file__).parents[1]
 FOLDER: Final = ROOT / "cases" / "reproductions"
+CONTROLS: Final = ROOT / "cases" / "controls"
 RESULTS: Final = ROOT / "benchmarks" / "results"
+# What was said when a half was first opened, which no later run may overwrite.
+JUDGED_ONCE: Final = RESULTS / "judged-once"
 RUNS: Final = RESULTS / "reproductions-runs.json"
 PUBLISHED: Final = tuple(family for family in FAMILIES if family not in DEFAULT_FAMILIES)
 FORMS: Final = ("faulty", "fixed")
+HEALTHY: Final = ("healthy",)
 NOT_JUDGING: Final = ("benchmark", "injection")  # rooms that no watched run passes through
 
 Row = dict[str, Any]  # one run
@@ -71,10 +77,15 @@ def execute(arguments: Sequence[str]) -> Done:
     return Done(process.returncode, stdout, error, cpu_s)
 
 
+def script_of(name: str) -> Path:
+    """Returns the file of a script; names of controls begin with ``c``."""
+    return (CONTROLS if name.startswith("c") else FOLDER) / f"{name}.py"
+
+
 def words(name: str, form: str, seed: int) -> list[str]:
     """Returns the command line of a script, without Python."""
     return [
-        str(FOLDER / f"{name}.py"),
+        str(script_of(name)),
         *(["--fixed"] if form == "fixed" else []),
         "--seed",
         str(seed),
@@ -100,20 +111,25 @@ def metric_of(stdout: bytes) -> float:
 def train(name: str, form: str, seed: int) -> Row:
     """Trains one form of a script; ``metric`` is None where it crashed or is not finite."""
     done = execute(words(name, form, seed))
-    status, metric = OK, math.nan
-    if done.exit_code == 0:
-        try:
-            metric = metric_of(done.stdout)
-        except ValueError as error:
-            status = str(error)
+    status, metric = _metric(done)
     return {
         "status": status,
         "exit_code": done.exit_code,
         "error": done.error,
-        "metric": metric if math.isfinite(metric) else None,
+        "metric": metric,
         "output": hashlib.sha256(done.stdout).hexdigest()[:16],
         "cpu_s": done.cpu_s,
     }
+
+
+def _metric(done: Done) -> tuple[str, float | None]:
+    if done.exit_code:
+        return OK, None
+    try:
+        metric = metric_of(done.stdout)
+    except ValueError as error:
+        return str(error), None
+    return OK, metric if math.isfinite(metric) else None
 
 
 def watch(name: str, form: str, seed: int) -> Row:
@@ -130,6 +146,7 @@ def watch(name: str, form: str, seed: int) -> Row:
         "exit_code": done.exit_code,
         "plain_exit_code": plain.exit_code,
         "error": done.error,
+        "metric": _metric(plain)[1],
         "same_output": (done.stdout, done.exit_code) == (plain.stdout, plain.exit_code),
         "cpu_s": done.cpu_s,
         "plain_cpu_s": plain.cpu_s,
@@ -160,7 +177,7 @@ def _finding(finding: Mapping[str, Any]) -> Row:
 
 def digest_of_script(name: str) -> str:
     """Returns a digest of a script."""
-    return hashlib.sha256((FOLDER / f"{name}.py").read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(script_of(name).read_bytes()).hexdigest()[:16]
 
 
 @functools.cache
@@ -182,9 +199,9 @@ def digest_of_code() -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
-def watched_path(half: str) -> Path:
-    """Returns where the watched runs of a half are kept."""
-    return RESULTS / f"reproductions-watched-{half}.json"
+def watched_path(half: str, kind: str = "reproductions", *, once: bool = False) -> Path:
+    """Returns where the watched runs of a half are kept, of the code now or of the first look."""
+    return (JUDGED_ONCE if once else RESULTS) / f"{kind}-watched-{half}.json"
 
 
 def read_rows(path: Path) -> dict[Key, Row]:
@@ -217,6 +234,7 @@ def complete(
     seeds: int,
     make: Callable[[str, str, int], Row],
     *,
+    forms: Sequence[str] = FORMS,
     jobs: int = 1,
     code: str | None = None,
     again: bool = False,
@@ -225,9 +243,10 @@ def complete(
 
     Args:
         path: Where they are kept.
-        names: Of the scripts; each is run in both forms.
+        names: Of the scripts.
         seeds: How many, from 0 on.
         make: Makes one run.
+        forms: In which each is run.
         jobs: How many at a time.
         code: Digest of code that a run rests on besides its script.
         again: Whether also those that are kept.
@@ -238,7 +257,7 @@ def complete(
         (name, form, seed)
         for seed in range(seeds)
         for name, stamp in stamps.items()
-        for form in FORMS
+        for form in forms
         if {k: kept.get((name, form, seed), {}).get(k) for k in stamp} != stamp
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 
 import numpy as np
@@ -199,6 +200,34 @@ def test_samples_that_depend_on_each_other_leak():
     mixed = [r.component for r in classified("batch").rows if r.quantity == "sample_leak_begins"]
     assert mixed == ["blocks.0.attention"]
     assert numbers(classified(""), "sample_leak") == [0.0]
+
+
+class TimeFirst(nn.Module):
+    """Scores are (queries, keys, batch, heads), as Transformer-XL has them."""
+
+    def __init__(self, fill):
+        super().__init__()
+        self.fill = fill
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x):
+        length, batch, _ = x.shape
+        q, k, v = (f(x).view(length, batch, 4, -1) for f in (self.query, self.key, self.value))
+        scores = torch.einsum("ibnd,jbnd->ijbn", q, k) / (WIDTH // 4) ** 0.5
+        later = torch.ones(length, length, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(later[:, :, None, None], self.fill).softmax(dim=1)
+        return torch.einsum("ijbn,jbnd->ibnd", weights, v).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("fill", "leaks"), [(-math.inf, False), (-1e9, False), (-2.0, True)])
+def test_masks_are_read_in_the_order_of_the_weights(fill, leaks):
+    torch.manual_seed(0)
+    model, x = TimeFirst(fill), torch.randn(LENGTH, 3, WIDTH)
+    output = model(x)
+    found = checked(model, x, loss=output.square().mean(), output=output)
+    [leak] = numbers(found, "mask_leak")
+    assert leak > 0.01 if leaks else leak == 0.0
+    assert numbers(found, "masked_rows") == [0.0]
 
 
 class Graph(nn.Module):

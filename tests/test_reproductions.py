@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import reproductions, reproductions_document, reproductions_runs, tables
+from benchmarks import reproductions_document, reproductions_runs, tables
 from benchmarks.reproductions import (
     HARM,
     PAIRS,
@@ -455,7 +455,8 @@ def test_the_document_shows_what_was_kept(monkeypatch):
         said("a", "faulty", 0, verdict="faulty", causes=[("residual", "x_1"), *RIGHT]),
         *(said("a", "faulty", 1), said("a", "fixed", 0), said("a", "fixed", 1)),
     ]
-    kept = {"first": (known, {"a": PROVEN}, rows), "second": ({}, {}, [])}
+    nothing = ({}, {}, [])
+    kept = {"first": (known, {"a": PROVEN}, rows), "second": nothing, "mended": nothing}
     monkeypatch.setattr(reproductions_document, "read", kept.get)
     line = reproductions_document.scripts("first").splitlines()[-1]
     assert line == (
@@ -467,11 +468,13 @@ def test_the_document_shows_what_was_kept(monkeypatch):
     assert "| called faulty | 0.50 [0.05, 0.95], 1 |" in text
     assert "| false alarms | 0.00 [0.00, 0.79], 1 |" in text
     assert "4 runs of 1 scripts, judged by code `abc`. 4 runs printed" in text
-    assert "The second half: not there yet" in text
+    assert "The second half, judged once: not there yet" in text
 
 
 def test_the_document_is_one_that_is_held_against_the_results():
     blocks = tables.DOCUMENTS[reproductions_document.DOCUMENT]
     assert blocks is reproductions_document.BLOCKS
-    both = {f"{half} {what}" for half in reproductions.HALVES for what in ("judges", "scripts")}
-    assert set(blocks) == {"figures", *both}
+    looks = {
+        f"{look} {what}" for look in ("first", "second", "mended") for what in ("judges", "scripts")
+    }
+    assert set(blocks) == {"figures", "healthy", "alarms", *looks}

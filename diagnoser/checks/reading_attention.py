@@ -8,6 +8,7 @@ queries and keys.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -259,13 +260,16 @@ def _read_logits(trace: Trace, attention: Attention) -> None:
     if not isinstance(axis, int):
         return
 
+    order = _order(softmax.result, axis, attention.weights)
+
     def like_weights(scores: Tensor) -> Tensor | None:
         """Scores (n, queries, keys), if the softmax is over the keys."""
         if scores.numel() != attention.weights.numel() or scores.ndim == 0:
             return None
         moved = scores.movedim(axis, -1) if scores.ndim > 1 else scores
-        same = moved.shape[-1] == attention.weights.shape[-1]
-        return moved.reshape(attention.weights.shape) if same else None
+        if moved.shape[-1] != attention.weights.shape[-1]:
+            return None
+        return moved.permute(*order, -1).reshape(attention.weights.shape)
 
     attention.logits = attention.raw = like_weights(softmax.inputs[0])
     scale, step = 1.0, trace.producer(softmax, 0)
@@ -291,6 +295,22 @@ def _read_logits(trace: Trace, attention: Attention) -> None:
         elif step.name not in (*SHAPE_ONLY, *TRANSPARENT):
             return
         step = before
+
+
+def _order(result: Tensor, axis: int, weights: Tensor) -> tuple[int, ...]:
+    """Returns the order that the other axes of a softmax have in the weights (n, queries, keys).
+
+    Some write scores as (queries, keys, batch, heads). The numbers tell; where none fits (weights
+    that were changed after the softmax), or any does, the order is the same.
+    """
+    moved = result.movedim(axis, -1) if result.ndim > 1 else result
+    same = tuple(range(moved.ndim - 1))
+    if moved.numel() != weights.numel() or moved.shape[-1] != weights.shape[-1]:
+        return same
+    for order in itertools.permutations(same):
+        if torch.equal(moved.permute(*order, -1).reshape(weights.shape), weights):
+            return order
+    return same
 
 
 def _bearing(step: Operation) -> int:

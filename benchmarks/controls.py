@@ -1,0 +1,117 @@
+"""Healthy scripts of many architectures (``cases/controls``): is anything said to be wrong?
+
+``python -m benchmarks.controls watch --half first``
+    trains each under ``diagnoser run``, keeps what it says and prints the alarms. With ``--once``
+    the runs are kept where no later run overwrites them, as the first look at a half.
+
+Finished runs are kept, see `reproductions_runs`; ``docs/reproductions.md`` counts them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from benchmarks.reproductions import HALVES, Half, read_lot
+from benchmarks.reproductions_runs import (
+    CONTROLS,
+    HEALTHY,
+    Row,
+    complete,
+    current,
+    digest_of_code,
+    read_rows,
+    watch,
+    watched_path,
+)
+from diagnoser.errors import RuleError
+from diagnoser.rules.loading import Text
+from diagnoser.rules.strict_yaml import read_document
+
+KIND: Final = "controls"
+SEEDS: Final = 3
+
+
+class Control(BaseModel):
+    """What is known of a healthy script; its name is that of both files."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    number: int
+    title: Text
+    reference: Text
+    half: Half
+    baseline: float
+    odd: Text
+
+
+def load(folder: Path = CONTROLS) -> dict[str, Control]:
+    """Returns all scripts by name.
+
+    Raises:
+        RuleError: A file is missing, or holds something else; the text says which and where.
+    """
+    drawn = read_lot(folder / "LOT")
+    found = {}
+    for name in sorted({path.stem for path in folder.glob("c[0-9]*")}):
+        path = folder / f"{name}.yaml"
+        for absent in (path, path.with_suffix(".py")):
+            if not absent.exists():
+                raise RuleError(f"{absent}: missing; a script and its .yaml go together")
+        document = read_document(path)
+        try:
+            control = Control.model_validate(document.data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise document.error(first["loc"], f"{place}: {first['msg']}") from None
+        if not name.startswith(f"c{control.number:02d}_"):
+            raise document.error(("number",), f"number: {name} is not of {control.number}")
+        if drawn.get(control.number) != control.half:
+            raise document.error(("half",), f"half: LOT draws it as {drawn.get(control.number)}")
+        found[name] = control
+    return found
+
+
+def read(half: str, *, once: bool = False) -> tuple[dict[str, Control], list[Row]]:
+    """Returns the scripts of a half and their watched runs, of the code now or the first look."""
+    known = {name: control for name, control in load().items() if control.half == half}
+    return known, current(read_rows(watched_path(half, KIND, once=once)), known)
+
+
+def main() -> None:
+    """Carries out a command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    watching = commands.add_parser("watch", help="run all scripts under the tool")
+    watching.add_argument("--half", choices=HALVES, required=True)
+    watching.add_argument("--only", metavar="NAME", help="this script alone, such as c17")
+    watching.add_argument("--seeds", type=int, default=SEEDS, help=f"default {SEEDS}")
+    watching.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    watching.add_argument("--once", action="store_true", help="keep them as the first look")
+    arguments = parser.parse_args()
+    half, once = arguments.half, arguments.once
+    known = {name: control for name, control in load().items() if control.half == half}
+    names = [n for n in known if arguments.only is None or n.startswith(arguments.only)]
+    path, code = watched_path(half, KIND, once=once), digest_of_code()
+    if once and any(row["code"] != code for row in read_rows(path).values()):
+        raise SystemExit(f"{path}: was judged by other code before; a first look is taken once")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    complete(path, names, arguments.seeds, watch, forms=HEALTHY, jobs=arguments.jobs, code=code)
+    for row in current(read_rows(path), names):
+        said = ", ".join(f"{f['source']} in {f['component']}" for f in row["findings"])
+        other = "" if row["same_output"] else "WATCHING CHANGED THE OUTPUT"
+        learnt = "" if is_learnt(row, known[row["script"]]) else "DOES NOT LEARN"
+        print(row["script"], row["seed"], row["verdict"], said, other, learnt, sep="  ")
+
+
+def is_learnt(row: Row, control: Control) -> bool:
+    """Whether a run is better than the best constant answer."""
+    return row["metric"] is not None and row["metric"] > control.baseline
+
+
+if __name__ == "__main__":
+    main()
