@@ -460,6 +460,32 @@ def test_heads_that_are_modules_of_their_own_need_neither_norm_nor_residual():
     assert numbers(two, "residual_missing") == [0.0] * 8
 
 
+class NormFree(nn.Module):
+    def __init__(self, design):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.MultiheadAttention(WIDTH, 4, batch_first=True) for _ in range(3)
+        )
+        self.gain = nn.Parameter(torch.full((), 0.1)) if design == "gain" else 1.0
+        self.head = nn.Linear(WIDTH, CLASSES)
+        for layer in self.layers:
+            if design == "zero":
+                nn.init.zeros_(layer.out_proj.weight)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + self.gain * layer(x, x, x)[0]
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(("design", "missing"), [("gain", 0.0), ("zero", 0.0), ("", 1.0)])
+def test_branches_that_begin_as_nothing_or_have_a_gain_need_no_norm(design, missing):
+    torch.manual_seed(0)
+    x, target = torch.randn(6, 5, WIDTH), torch.arange(6) % CLASSES
+    found = checked(NormFree(design), x, target=target)
+    assert numbers(found, "norm_missing") == [missing] * 3
+
+
 class Refined(nn.Module):
     """Two attentions of different purpose, none with a sum around it."""
 

@@ -262,6 +262,11 @@ def test_a_healthy_run_says_so():
     assert "healthy nothing is wrong with this run" in words
     assert "Likely causes" not in words
     assert "Findings and their evidence" not in words
+    cause = han_diagnosis().causes[0]
+    low = replace(healthy_diagnosis(), causes=(cause,))
+    words = Page(render_report(low, report_data())).words()
+    assert "Worth a look, of low severity" in words
+    assert "Likely causes" not in words
 
 
 def test_a_loss_that_is_not_finite_is_said():

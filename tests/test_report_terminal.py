@@ -103,6 +103,14 @@ def test_a_healthy_page_names_no_cause():
     assert "causes" not in text
 
 
+def test_what_is_of_low_severity_is_no_likely_cause_of_a_healthy_run():
+    low = replace(SHARPNESS, severity="low")
+    cause = RankedCause("learning_rate_too_high", SHARPNESS.component)
+    lines = page(replace(healthy_diagnosis(), findings=(low,), causes=(cause,))).splitlines()
+    assert "likely causes" not in lines
+    assert "1." in lines[lines.index("worth a look, of low severity") + 1]
+
+
 def test_a_large_diagnosis_still_fits_a_page():
     crowd = tuple(replace(SHARPNESS, component=f"layer.{i}") for i in range(200))
     causes = tuple(RankedCause("learning_rate_too_high", f"layer.{i}") for i in range(200))

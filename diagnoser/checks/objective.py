@@ -218,9 +218,11 @@ def inputs(seen: Seen, found: Found) -> None:
     if not given:
         raise MeasurementError("the model is given no tensor")
     data = max(given, key=lambda t: t.numel())
-    if data.shape[0] > 2:
-        rest = data[1:].reshape(data.shape[0] - 1, -1)
-        found.run("same_samples", float((rest == data[0].reshape(1, -1)).all(1).float().mean()))
+    size = data.shape[0]
+    if size > 2:
+        # A decoder's first tokens are all the same, but what it is given beside them is not.
+        same = [(t[1:] == t[:1]).reshape(size - 1, -1).all(1) for t in given if t.shape[0] == size]
+        found.run("same_samples", float(torch.stack(same).all(0).float().mean()))
     key = _fingerprint(data)
     batches: dict[Any, int] = seen.memory.setdefault("batches", {})
     batches[key] = batches.get(key, 0) + 1

@@ -52,9 +52,11 @@ def norms(seen: Seen, found: Found) -> None:
     """Finds attention layers without a norm.
 
     ``norm_missing``: 1 where nothing is normalised between several attentions that follow each
-    other, or where a layer has fewer norms than others in the same list of layers.
+    other, or where a layer has fewer norms than others in the same list of layers. Residual
+    branches that begin at zero or have a learned gain do without (Fixup, SkipInit, ReZero).
 
-    Source: hust-linyi/CAT-Net#6, DEFault++ (layernorm operators), benchmark operator N1.
+    Source: hust-linyi/CAT-Net#6, DEFault++ (layernorm operators), benchmark operator N1;
+    Zhang et al. 2019, 1901.09321; Bachlechner et al. 2021, 2003.04887.
     Cannot see: models of one layer; norms written by hand other than by a root or a norm.
     Costs: nothing beyond the trace.
     """
@@ -67,10 +69,30 @@ def norms(seen: Seen, found: Found) -> None:
         for i in layers[layer.following].before
         if i > layer.attention.product.index
     }
-    none = not between & NORMS
+    none = not between & NORMS and not _begins_as_identity(seen, layers)
     modules = dict(seen.main.module.named_modules(remove_duplicate=False))
     for name in dict.fromkeys(layer.name for layer in layers):
         found.component("norm_missing", name, none or _fewer_norms(modules, name))
+
+
+def _begins_as_identity(seen: Seen, layers: Sequence[_Layer]) -> bool:
+    """Whether residual branches began at zero, or are multiplied by a parameter."""
+    trace = seen.trace
+    for layer in layers:
+        found = _residual(seen, layer, layer.end(layers, seen))
+        if found is None:
+            continue
+        product = layer.attention.product.index
+        branch = [o for o in trace.ancestors(found[0]) if product < o.index]
+        if any(
+            o.name == "mul"
+            and any(t.requires_grad for t, s in zip(o.inputs, o.sources, strict=True) if s < 0)
+            for o in branch
+        ):
+            return True
+        if seen.step == 0 and any(not bool(t.any()) for t in found[0].inputs):
+            seen.memory["begins as identity"] = True
+    return bool(seen.memory.get("begins as identity"))
 
 
 def _fewer_norms(modules: Mapping[str, nn.Module], name: str) -> bool:

@@ -110,7 +110,8 @@ def _causes(diagnosis: Diagnosis) -> Iterator[Line]:
     groups = wording.findings_by_cause(diagnosis)
     likely, possible = wording.likely_and_possible(groups)
     if likely:
-        yield from _heading("likely causes")
+        title = wording.LOW_SEVERITY if diagnosis.verdict == "healthy" else "likely causes"
+        yield from _heading(title)
     for rank, (cause, findings) in enumerate(likely[:CAUSES], start=1):
         yield _line(4, wording.cause_sentence(cause), "bold", mark=f"{rank}. ")
         measured = wording.confidence(cause.probability, cause.n)

@@ -137,6 +137,7 @@ REPAIR_SENTENCES: Final[dict[str, tuple[str, dict[str, str]]]] = {
 
 REASONS: Final = 4  # who says a cause, by name
 
+LOW_SEVERITY: Final = "worth a look, of low severity"  # heads the causes of a healthy run
 VERDICT_SENTENCES: Final[dict[str, str]] = {
     "faulty": "something is wrong with this run",
     "healthy": "nothing is wrong with this run, as far as was measured",
