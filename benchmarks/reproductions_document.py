@@ -275,7 +275,7 @@ def alarms() -> str:
     for look in LOOKS.values():
         known, rows = controls.read(look.half, once=look.once)
         for name, control in known.items():
-            own = [row for row in rows if row["script"] == name]
+            own = [r for r in rows if r["script"] == name and controls.is_learnt(r, control)]
             alarmed = [row for row in own if _is_alarm(row)]
             if alarmed:
                 said = [f"{f['source']} in {f['component']}" for f in alarmed[0]["findings"]]

@@ -61,7 +61,6 @@ class Attention:
     normalised: bool = False  # queries or keys are normalised before their product
     hidden: Tensor | None = None  # what masks hide, like the weights
     after: tuple[str, ...] = ()
-    factor_after: float = 1.0
     by_feature: bool = False  # every feature of the values has weights of its own
     parameters: list[Tensor] = field(default_factory=list)
     query_parameters: list[Tensor] = field(default_factory=list)
@@ -148,13 +147,13 @@ def _is_handmade(trace: Trace, operation: Operation) -> bool:
 
 
 def _written(trace: Trace, softmax: Operation) -> Attention | None:
-    for product, position, after, factor in _value_products(trace, softmax):
+    for product, position, after in _value_products(trace, softmax):
         weights = _contracted(trace, product, position)
         if weights is None or weights.shape[-1] < 2:
             continue
         attention = Attention(
             softmax.index, softmax.place or product.place, softmax, product, weights,
-            values=_other_factor(product, position), after=after, factor_after=factor,
+            values=_other_factor(product, position), after=after,
             by_feature=_by_feature(product, position),
         )  # fmt: skip
         _read_logits(trace, attention)
@@ -164,15 +163,15 @@ def _written(trace: Trace, softmax: Operation) -> Attention | None:
 
 def _value_products(
     trace: Trace, start: Operation
-) -> Iterator[tuple[Operation, int, tuple[str, ...], float]]:
+) -> Iterator[tuple[Operation, int, tuple[str, ...]]]:
     """Yields where a softmax result weights something, and what happened to it on the way."""
-    queue: list[tuple[Operation, tuple[str, ...], float]] = [(start, (), 1.0)]
+    queue: list[tuple[Operation, tuple[str, ...]]] = [(start, ())]
     seen = {start.index}
-    for operation, after, factor in queue:
+    for operation, after in queue:
         for consumer in trace.consumers(operation):
             position = next(i for i, s in enumerate(consumer.sources) if s == operation.index)
             if consumer.name in PRODUCTS:
-                yield consumer, position, after, factor
+                yield consumer, position, after
                 continue
             number = _number_beside(consumer)
             weighting = (
@@ -180,21 +179,20 @@ def _value_products(
                 and _sum_of(trace, consumer) is not None
             )  # fmt: skip
             if weighting:
-                yield consumer, position, after, factor
+                yield consumer, position, after
                 continue
             if consumer.index in seen:
                 continue
             if consumer.name in SHAPE_ONLY or consumer.name in ("native_dropout", "bernoulli"):
-                step, by = after, 1.0
+                step = after
             elif consumer.name in ("mul", "div") and number is not None:
                 step = (*after, "scale")
-                by = number if consumer.name == "mul" else 1.0 / number if number else math.nan
             elif consumer.name in ("mul", "masked_fill", "where"):
-                step, by = (*after, "mask"), 1.0
+                step = (*after, "mask")
             else:
                 continue
             seen.add(consumer.index)
-            queue.append((consumer, step, factor * by))
+            queue.append((consumer, step))
 
 
 def _number_beside(operation: Operation) -> float | None:
@@ -391,14 +389,14 @@ def _fused(trace: Trace, operation: Operation) -> Attention | None:
     if key.shape[1] != query.shape[1]:  # grouped-query attention
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     raw = query @ key.transpose(-2, -1) * scale
-    mask = operation.kwargs.get("attn_mask")
+    given = operation.kwargs.get("attn_mask")
     causal = bool(operation.args[4]) if len(operation.args) > 4 else False
     if len(operation.args) > 4 and not isinstance(operation.args[4], bool):
         causal = False
     causal |= bool(operation.kwargs.get("is_causal", False))
     logits = raw
-    if isinstance(mask, Tensor):
-        mask = mask[:keep] if mask.ndim == 4 and mask.shape[0] > 1 else mask
+    if isinstance(given, Tensor):
+        mask = given[:keep] if given.ndim == 4 and given.shape[0] > 1 else given
         logits = raw.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else raw + mask
     if causal:
         rows, columns = raw.shape[-2:]
@@ -421,7 +419,7 @@ def _fused(trace: Trace, operation: Operation) -> Attention | None:
         width=query.shape[-1],
         learned_scale=factors[0][1] or factors[1][1],
         normalised=factors[0][2] or factors[1][2],
-        hidden=None if mask is None and not causal else (logits <= HIDES).reshape(shape),
+        hidden=None if given is None and not causal else (logits <= HIDES).reshape(shape),
     )
 
 

@@ -17,8 +17,8 @@ def sources(seen: Seen, found: Found) -> None:
 
     ``same_query_key``: 1 where queries and keys are the same numbers. ``key_value_apart``: 1 where
     the model's inputs that keys depend on are none of those that values depend on.
-    ``head_similarity``: 1 less the largest difference between the weights of the two most similar
-    heads, averaged over rows: 1 for heads that are the same.
+    ``head_similarity``: 1 less the total variation between the weights of the two most similar
+    heads, a mean over rows: 1 for heads that are the same.
 
     Source: DEFault++ QTH and its wiring operators; gordonhu608/MQT-LLaVA#4.
     Cannot see: tied weights that are followed by different biases or norms.
