@@ -230,6 +230,36 @@ def test_masks_are_read_in_the_order_of_the_weights(fill, leaks):
     assert numbers(found, "masked_rows") == [0.0]
 
 
+class OffByOne(nn.Module):
+    """A softmax by hand with one more logit of zero: weights sum to less than one."""
+
+    def __init__(self, extra):
+        super().__init__()
+        self.extra = extra
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x, padded):
+        scores = self.query(x) @ self.key(x).transpose(1, 2) / WIDTH**0.5
+        scores = scores.masked_fill(padded[:, None, :], -1e9)
+        top = scores.amax(-1, keepdim=True)
+        raised = (scores - top).exp()
+        total = raised.sum(-1, keepdim=True) + (-top).exp() * self.extra
+        return raised / total @ self.value(x)
+
+
+@pytest.mark.parametrize("extra", [0.0, 1.0])
+def test_a_softmax_with_one_more_logit_is_over_no_other_axis_and_its_mask_hides(extra):
+    torch.manual_seed(0)
+    model, x = OffByOne(extra), torch.randn(3, LENGTH, WIDTH)
+    padded = torch.arange(LENGTH) >= torch.tensor([[4], [6], [9]])
+    output = model(x, padded)
+    found = checked(model, x, padded, loss=output.square().mean(), output=output)
+    assert (numbers(found, "attention_sum_error")[0] > 0.01) == bool(extra)
+    assert numbers(found, "attention_other_axis") == [0.0]
+    assert numbers(found, "mask_leak") == [0.0]
+    assert numbers(found, "mask_margin")[0] > 1e6
+
+
 class Graph(nn.Module):
     """Attention between the nodes of one graph, where there is an edge."""
 

@@ -6,8 +6,9 @@ import math
 
 import torch
 
-from diagnoser.checks.reading_attention import Attention, some
+from diagnoser.checks.reading_attention import SOFTMAXES, Attention, some
 from diagnoser.checks.seen import Found, Seen
+from diagnoser.checks.trace import Operation
 
 EXACT = 1e-3
 HIDDEN = 1e-6  # weight of a position that a mask hides
@@ -49,13 +50,21 @@ def softmax_axis(seen: Seen, found: Found) -> None:
         mask.append((name, float(masks)))
         elsewhere = (
             float(off.mean()) > 10 * EXACT and not is_scaled and not masks and spread > 10 * EXACT
-        )
+        ) and _sums_to_one(attention.softmax)
         axis.append((name, float(elsewhere)))
     found.components("attention_sum_error", error)
     found.components("attention_other_axis", axis)
     found.components("attention_after_softmax", scaled)
     found.components("attention_mask_after", mask)
     found.components("attention_by_feature", by_feature)
+
+
+def _sums_to_one(softmax: Operation) -> bool:
+    """Whether a softmax does so over any axis: one with an extra logit (softmax-off-by-one) not."""
+    result = softmax.result.float()
+    return softmax.name in SOFTMAXES or any(
+        bool(((result.sum(axis) - 1).abs() < EXACT).all()) for axis in range(result.ndim)
+    )
 
 
 def attention_scale(seen: Seen, found: Found) -> None:

@@ -287,6 +287,8 @@ def _read_logits(trace: Trace, attention: Attention) -> None:
             hidden = like_weights(_hidden_by(step, position).expand_as(step.result))
             if hidden is not None and (step.name != "add" or bool(hidden.any())):
                 known = attention.hidden
+                if known is None:  # of exp(x - max) / sum, the softmax is given no scores
+                    attention.logits = like_weights(step.result)
                 attention.hidden = hidden if known is None else known | hidden
                 if before is not None:
                     attention.raw = like_weights(before.result)
