@@ -295,6 +295,26 @@ def test_what_padding_holds_has_no_influence_behind_a_mask():
     assert numbers(classified(""), "padding_influence") == [0.0]
 
 
+class Tagger(Classifier):
+    """One number a token, (batch, length)."""
+
+    def forward(self, tokens):
+        padded = tokens == PADDING
+        x = self.embedding(tokens) + self.positions
+        for block in self.blocks:
+            x = block(x, padded)
+        return self.head(x)[..., 0]
+
+
+def test_what_is_said_of_padding_itself_does_not_count():
+    torch.manual_seed(0)
+    tokens, _ = batch()
+    model = Tagger()
+    output = model(tokens)
+    found = checked(model, tokens, loss=output[tokens != PADDING].square().mean(), output=output)
+    assert numbers(found, "padding_influence") == [0.0]
+
+
 def test_a_model_that_gives_one_answer_has_no_influence_of_its_input():
     tokens, target = batch()
     model = Classifier("")

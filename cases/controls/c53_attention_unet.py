@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class Shapes(Dataset):
-    def __init__(self, n, rng, size=32):
+    def __init__(self, n, rng, size=28):
         yy, xx = np.mgrid[:size, :size]
         self.x = np.zeros((n, 1, size, size), np.float32)
         self.y = np.zeros((n, 1, size, size), np.float32)

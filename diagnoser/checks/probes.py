@@ -244,7 +244,7 @@ def padding_content(seen: Seen, found: Found) -> None:
     if after.shape != base.shape:
         raise MeasurementError("the shape of the output depends on the input")
     change = (after - base).float()
-    if change.shape[:2] == padding.shape and change.ndim > 2:
+    if change.shape[:2] == padding.shape:
         change = change[~padding]  # what is said of padding is nobody's concern
     if not bool(torch.isfinite(change).all()):
         raise MeasurementError("the output is not finite")
