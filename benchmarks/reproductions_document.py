@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from benchmarks import controls
+from benchmarks import controls, odd_controls
 from benchmarks.ablation_document import table
 from benchmarks.reproductions import HARM, Half, Reproduction, load
 from benchmarks.reproductions_runs import PUBLISHED, ROOT, Row, current, read_rows, watched_path
@@ -292,10 +292,37 @@ def alarms() -> str:
     return table(head, lines) if lines else "None."
 
 
+def odd() -> str:
+    """How often controls of the fault benchmark are called faulty, a line a set."""
+    if not odd_controls.KEPT.exists():
+        return NOT_YET
+    rows = json.loads(odd_controls.KEPT.read_text(encoding="utf-8"))
+    lines = []
+    for name in (*odd_controls.SETS, "both"):
+        own = [row for row in rows if name in (row["set"], "both")]
+        alarms: dict[str, list[bool]] = {}
+        for row in own:
+            alarms.setdefault(f"{row['subject']} {row['control']}", []).append(_is_alarm(row))
+        said = Counter(
+            source
+            for row in own
+            if _is_alarm(row)
+            for source in {_source(f) for f in row["findings"]}
+        )
+        words = ", ".join(f"{source} in {n}" for source, n in sorted(said.items()))
+        lines.append([name, str(len(own)), str(share(alarms)), words])
+    return table(["controls", "runs", "called faulty", "alarms, by what raised them"], lines)
+
+
+def _source(finding: str) -> str:
+    return finding.partition(" in ")[0]
+
+
 BLOCKS: Final[Mapping[str, Callable[[], str]]] = {
     "figures": figures,
     "healthy": healthy,
     "alarms": alarms,
+    "odd": odd,
     **{f"{look} judges": functools.partial(judges, look) for look in LOOKS},
     **{f"{look} scripts": functools.partial(scripts, look) for look in LOOKS},
 }

@@ -477,4 +477,4 @@ def test_the_document_is_one_that_is_held_against_the_results():
     looks = {
         f"{look} {what}" for look in ("first", "second", "mended") for what in ("judges", "scripts")
     }
-    assert set(blocks) == {"figures", "healthy", "alarms", *looks}
+    assert set(blocks) == {"figures", "healthy", "alarms", "odd", *looks}
