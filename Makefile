@@ -53,6 +53,7 @@ evidence: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.ablation --open-test 'make evidence'
 	$(PIP) --no-deps defaultplusplus==0.4.1
 	$(BIN)/python -m benchmarks.defaultplusplus
+	$(BIN)/python -m benchmarks.published_families
 	$(BIN)/python -m benchmarks.outcomes
 	$(BIN)/python -m benchmarks.reproductions harm
 	$(BIN)/python -m benchmarks.reproductions watch --half all

@@ -89,6 +89,13 @@ def of_tool(split: str, directory: Path = BENCH) -> list[Row]:
     ]
 
 
+def of_families(split: str, directory: Path = BENCH) -> list[Row]:
+    """Returns the scores of families of published checks (`published_families`)."""
+    path = directory / "published.parquet"
+    rows = pq.read_table(path).to_pylist() if path.exists() else []
+    return [row for row in rows if row["split"] == split]
+
+
 def applies(judge: str, name: str, scores: Mapping[tuple[str, str], Row]) -> bool:
     """Whether a figure says anything of a judge: one that only says where decides nothing."""
     decision = name == "recall" or name.startswith("false alarms")
@@ -131,7 +138,8 @@ def targets(split: str, directory: Path = BENCH) -> str:
 
 def all_judges(split: str, directory: Path = BENCH) -> str:
     """Every judge on the same whole runs, and the published tool on those that it takes."""
-    scores = whole([*rows_of("scores", split, directory), *of_tool(split, directory)])
+    of_others = (*of_families(split, directory), *of_tool(split, directory))
+    scores = whole([*rows_of("scores", split, directory), *of_others])
     lines = [
         [judge, *(valued(scores[judge, n]) if applies(judge, n, scores) else "" for n in SHOWN)]
         for judge in (*OURS, *BASELINES, TOOL)
