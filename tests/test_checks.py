@@ -315,6 +315,30 @@ def test_what_is_said_of_padding_itself_does_not_count():
     assert numbers(found, "padding_influence") == [0.0]
 
 
+def test_what_is_not_finite_is_not_measured():
+    torch.manual_seed(0)
+    tokens, target = batch()
+    broken = Classifier()
+    with torch.no_grad():
+        broken.positions.fill_(math.nan)
+    found = checked(broken, tokens, target=target)
+    assert "not finite" in found.unknown["position_share"]
+    assert found.unknown["attention_sum_error"] == "no row of attention has finite weights"
+    assert all(math.isfinite(row.estimate.value) for row in found.rows)
+
+
+def test_a_batch_that_counts_no_target_has_no_share_of_padded_ones():
+    torch.manual_seed(0)
+    tokens, _ = batch()
+    model = Tagger()
+    output = model(tokens)
+    scores = torch.stack([output, -output], 1)
+    loss = F.cross_entropy(scores, torch.full(tokens.shape, -100))
+    found = checked(model, tokens, loss=loss, output=output)
+    assert numbers(found, "padded_target_share") == []
+    assert all(math.isfinite(row.estimate.value) for row in found.rows)
+
+
 def test_a_model_that_gives_one_answer_has_no_influence_of_its_input():
     tokens, target = batch()
     model = Classifier("")

@@ -175,11 +175,11 @@ def order_blind(seen: Seen, found: Found) -> None:
     axis = -2
     differs = (flat - flat.mean(axis, keepdim=True)).square().mean().sqrt()
     usual = (real - real.mean(axis, keepdim=True)).square().mean().sqrt()
+    if not bool(torch.isfinite(differs) and torch.isfinite(usual)):
+        raise MeasurementError("the inputs of attention are not finite")
     if not float(usual) > 0:
         raise MeasurementError("all positions of the batch are the same")
     ratio = float(differs / usual)
-    if not math.isfinite(ratio):
-        raise MeasurementError("the inputs of attention are not finite")
     logits, raw = same.logits, same.raw
     if ratio < NOISE and logits is not None and raw is not None:
         # A bias that depends on the distance (ALiBi, T5) is added to the scores.
@@ -201,7 +201,8 @@ def _has_positions(module: nn.Module) -> bool:
 
 
 def _sees_no_later(weights: Tensor) -> bool:
-    later = weights[:64].triu(1)
+    above = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).triu(1)
+    later = weights[:64][:, above]
     later = later[torch.isfinite(later)]
     return len(later) > 0 and float(later.max()) < 1e-6
 
