@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -255,16 +256,10 @@ def healthy() -> str:
         known, rows = controls.read(look.half, once=look.once)
         if not rows:
             continue
-        learnt = [row for row in rows if controls.is_learnt(row, known[row["script"]])]
-        cells = [f"{look.title}", f"{len(learnt)} of {len(rows)}"]
-        for family in ("", *PUBLISHED):
-            alarms: dict[str, list[bool]] = {}
-            for row in learnt:
-                judged = row["others"].get(family) if family else row
-                if judged is not None:
-                    alarms.setdefault(row["script"], []).append(_is_alarm(judged))
-            cells.append(str(share(alarms) or ""))
-        lines.append(cells)
+        learnt = sum(controls.is_learnt(row, known[row["script"]]) for row in rows)
+        by_judge = [_alarms_by_script(known, rows, family) for family in ("", *PUBLISHED)]
+        shown = [str(share(found) or "") for found in by_judge]
+        lines.append([look.title, f"{learnt} of {len(rows)}", *shown])
     head = ["healthy scripts", "runs that learn", "diagnoser", *PUBLISHED]
     return table(head, lines) if lines else NOT_YET
 
@@ -316,6 +311,46 @@ def odd() -> str:
 
 def _source(finding: str) -> str:
     return finding.partition(" in ")[0]
+
+
+def summary() -> str:
+    """What came of both second halves when they were judged once, in words."""
+    known, harms, rows = read("second")
+    found = shares(known, harms, rows)
+    controls_known, controls_rows = controls.read("second", once=True)
+    if not rows or not controls_rows:
+        return NOT_YET
+    silent = share(_alarms_by_script(controls_known, controls_rows))
+
+    def rate(figure: Share | None) -> str:
+        assert figure is not None
+        return f"{figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]"
+
+    asked, fixed = found["called faulty"], found["false alarms"]
+    assert asked is not None
+    assert fixed is not None
+    assert silent is not None
+    text = (
+        f"On {asked.scripts} faults of issue threads, retold as scripts by others and judged once, "
+        f"three seeds each: {rate(asked)} are called faulty, the right cause comes first in "
+        f"{rate(found['right cause first'])}; of {fixed.scripts} repaired ones {rate(fixed)} were "
+        f"called faulty, too, and after that was mended {rate(silent)} of {silent.scripts} healthy "
+        "scripts of other architectures, judged once: "
+        "[docs/reproductions.md](docs/reproductions.md)."
+    )
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def _alarms_by_script(
+    known: Mapping[str, controls.Control], rows: Iterable[Row], family: str = ""
+) -> dict[str, list[bool]]:
+    """Whether each run that learns is called faulty, by script."""
+    found: dict[str, list[bool]] = {}
+    for row in rows:
+        judged = row["others"].get(family) if family else row
+        if judged is not None and controls.is_learnt(row, known[row["script"]]):
+            found.setdefault(row["script"], []).append(_is_alarm(judged))
+    return found
 
 
 BLOCKS: Final[Mapping[str, Callable[[], str]]] = {

@@ -101,7 +101,7 @@ DOCUMENTS: dict[Path, Mapping[str, Callable[[], str]]] = {
     README: {
         "example": example,
         "held out": scores_document.summary,
-        "evidence": evidence,
+        "real faults": reproductions_document.summary,
         "overhead": overhead,
     },
     ROOT / "docs" / "curvature.md": curvature_document.BLOCKS,
@@ -111,6 +111,7 @@ DOCUMENTS: dict[Path, Mapping[str, Callable[[], str]]] = {
     rules_document.DOCUMENT: rules_document.BLOCKS,
     ROOT / "docs" / "scores.md": {
         **scores_document.BLOCKS,
+        "evidence": evidence,
         "two scripts": by_fault,
     },
 }
