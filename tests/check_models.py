@@ -106,6 +106,8 @@ class Classifier(nn.Module):
         self.positions = nn.Parameter(torch.randn(1, LENGTH, WIDTH))
         self.blocks = nn.ModuleList(Block(mistake) for _ in range(depth))
         if mistake == "tied":
+            self.blocks[1].attention.query.weight = self.blocks[0].attention.query.weight
+        if mistake == "one block":
             self.blocks[1] = self.blocks[0]
         if mistake == "learned":
             for block in self.blocks:

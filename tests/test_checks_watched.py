@@ -139,6 +139,18 @@ def test_evaluations_are_seen_with_their_mode(context, mode, tmp_path):
     assert ("check:evaluated-in-train-mode" in grave(watched)) == mode
 
 
+def test_what_is_called_without_gradients_on_every_step_is_no_evaluation(tmp_path):
+    generator = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
+
+    def generate(step, model):
+        with torch.no_grad():
+            generator(torch.randn(5, 4))
+
+    watched = train(tmp_path / "run", small(), around=generate)
+    assert watched._monitor._checking.recorder.evaluations
+    assert series(watched, "scored_in_training") == []
+
+
 def test_a_few_evaluations_are_enough(tmp_path):
     @torch.no_grad()
     def evaluate(step, model):

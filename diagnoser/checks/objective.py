@@ -11,9 +11,12 @@ from torch import Tensor
 
 from diagnoser.checks.calls import distinct
 from diagnoser.checks.losses import Loss
+from diagnoser.checks.reading_attention import NORMS
 from diagnoser.checks.seen import Found, Seen
+from diagnoser.checks.trace import SHAPE_ONLY
 from diagnoser.errors import MeasurementError
 
+STATISTICS = frozenset({"mean", "var_mean", "var", "std", "std_mean", "amax", "max", "median"})
 MOST_LABELS = 4096
 LEAST_LABELS = 8
 REGRESSION = ("mse", "l1", "smooth_l1", "huber")
@@ -205,14 +208,15 @@ def inputs(seen: Seen, found: Found) -> None:
     before.
 
     Source: UMLAUT (input range), TheDeepChecker, TensorFlow data validation manners.
-    Cannot see: inputs that are computed inside of the model.
+    Cannot see: inputs that are computed inside of the model. How large they are does not matter
+    where the model begins by normalising them (RevIN).
     Costs: a few sums over the batch.
     """
     given = [t for t in seen.main.inputs if t.ndim and t.numel()]
     floats = [t.detach() for t in given if t.is_floating_point() and t.ndim > 1]
     for tensor in floats[:1]:
         finite = torch.isfinite(tensor)
-        if bool(finite.any()):
+        if bool(finite.any()) and not _is_normalised_within(seen, tensor):
             found.run("input_largest", float(tensor[finite].abs().max()))
         found.run("input_non_finite", float((~finite).float().mean()))
     if not given:
@@ -229,6 +233,26 @@ def inputs(seen: Seen, found: Found) -> None:
     count = sum(batches.values())
     if count > 1:
         found.run("same_batches", 1.0 - (len(batches) - 1) / (count - 1))
+
+
+def _is_normalised_within(seen: Seen, tensor: Tensor) -> bool:
+    """Whether the first thing that the model does with an input is to take its mean or norm."""
+    try:
+        trace = seen.trace
+    except MeasurementError:
+        return False
+    taken = [
+        operation
+        for operation in trace.operations
+        for given, source in zip(operation.inputs, operation.sources, strict=True)
+        if source < 0 and given.shape == tensor.shape and torch.equal(given, tensor)
+    ]
+    for operation in taken:  # grows while it is read
+        if operation.name in NORMS or operation.name in STATISTICS:
+            return True
+        if operation.name in SHAPE_ONLY:
+            taken += trace.consumers(operation)
+    return False
 
 
 def _fingerprint(data: Tensor) -> tuple[Any, ...]:

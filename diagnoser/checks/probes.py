@@ -74,7 +74,10 @@ def sample_leak(seen: Seen, found: Found) -> None:
     size = seen.batch
     if base.shape[0] != size:
         raise MeasurementError("the first axis of the output is not that of the input")
-    own, others = _changes_along(base, _swapped(seen, 0), 0)
+    if base.shape[:2] == (size, size) and base.ndim == 2:
+        raise MeasurementError("the output compares each sample with each")
+    after = _swapped(seen, 0)
+    own, others = _changes_along(base, after, 0)
     spread = _spread(base)
     leaks = own > NOISE * spread > 0 and others > NOISE * spread
     other_axis = leaks and base.ndim > 2
@@ -82,6 +85,10 @@ def sample_leak(seen: Seen, found: Found) -> None:
         alone, beside = _changes_along(base, _swapped(seen, 1), 1)
         if alone > NOISE * spread and beside <= NOISE * spread:
             raise MeasurementError("the samples may lie along the second axis of the input")
+    if leaks and base.shape[:2] == (size, size):
+        alone, beside = _changes_along(base, after, 1)
+        if alone > NOISE * spread and beside <= NOISE * spread:
+            raise MeasurementError("the samples lie along the second axis of the output")
     found.run("input_influence", own / spread if spread > 0 else 0.0)
     if leaks and _is_one_set(seen):
         raise MeasurementError("what is given is one set, whose members attend to each other")

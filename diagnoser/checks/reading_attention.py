@@ -32,6 +32,7 @@ NORMS = frozenset({
 TRANSPARENT = ("sub", "amax", "max", "exp", "leaky_relu", "relu")  # to masks and scales
 HIDES = -1e3  # a logit that a mask sets is further below the others than any score of theirs
 MOST = 1_048_576  # elements of weights that are looked at
+MOST_HEADS = 64
 MOST_SAMPLES = 16  # of a batch that weights are computed for again
 
 
@@ -62,6 +63,7 @@ class Attention:
     hidden: Tensor | None = None  # what masks hide, like the weights
     after: tuple[str, ...] = ()
     by_feature: bool = False  # every feature of the values has weights of its own
+    transposed: bool = False  # keys are the left factor of `scores` (the other side's attention)
     parameters: list[Tensor] = field(default_factory=list)
     query_parameters: list[Tensor] = field(default_factory=list)
     key_parameters: list[Tensor] = field(default_factory=list)
@@ -73,12 +75,15 @@ class Attention:
         if self.scores is None:
             return None
         first = first_factor(self.scores)
-        return first, first + 1
+        return (first + 1, first) if self.transposed else (first, first + 1)
 
     @property
     def query(self) -> Tensor | None:
         """The queries, (..., queries, width)."""
-        return self.scores.inputs[self.sides[0]] if self.scores and self.sides else None
+        if self.scores is None or self.sides is None:
+            return None
+        query = self.scores.inputs[self.sides[0]]
+        return query.transpose(-2, -1) if self.transposed and query.ndim > 1 else query
 
     @property
     def is_product(self) -> bool:
@@ -170,6 +175,14 @@ def _value_products(
     for operation, after in queue:
         for consumer in trace.consumers(operation):
             position = next(i for i, s in enumerate(consumer.sources) if s == operation.index)
+            mixes = mixed_input(trace, consumer) == position or (
+                consumer.name == "add" and "mix" in after  # its bias
+            )
+            if start.result.ndim > 3 and mixes:
+                if consumer.index not in seen:
+                    seen.add(consumer.index)
+                    queue.append((consumer, (*after, "mix")))
+                continue
             if consumer.name in PRODUCTS:
                 yield consumer, position, after
                 continue
@@ -274,6 +287,11 @@ def _read_logits(trace: Trace, attention: Attention) -> None:
     for _ in range(32):
         if step is None:
             return
+        mixed = mixed_input(trace, step) if softmax.result.ndim > 3 else None
+        if mixed is not None:  # heads, by talking-heads attention
+            attention.learned_scale = True
+            step = trace.producer(step, mixed)
+            continue
         if step.name in PRODUCTS:
             _read_product(trace, attention, step, scale)
             return
@@ -295,6 +313,49 @@ def _read_logits(trace: Trace, attention: Attention) -> None:
         elif step.name not in (*SHAPE_ONLY, *TRANSPARENT):
             return
         step = before
+
+
+def mixed_input(trace: Trace, operation: Operation) -> int | None:
+    """Returns which input a small square parameter multiplies, as where heads are mixed, or None.
+
+    Source: Shazeer et al. 2020, 2003.02436 (talking heads).
+    """
+    if operation.name == "convolution":
+        weight = operation.inputs[1]
+        square = weight.shape[0] == weight.shape[1] <= MOST_HEADS and weight[0, 0].numel() == 1
+        return 0 if square else None
+    if operation.name not in PRODUCTS:
+        return None
+    first = first_factor(operation)
+    for position in (first, first + 1):
+        if position >= len(operation.inputs):
+            return None
+        tensor = trace.given_behind(operation, position)
+        if tensor is None or not tensor.requires_grad or tensor.ndim != 2:
+            continue
+        if tensor.shape[0] == tensor.shape[1] <= MOST_HEADS:
+            return 2 * first + 1 - position
+    return None
+
+
+def _is_transposed(attention: Attention, product: Operation) -> bool:
+    """Whether scores (queries, keys) are a product (keys, queries): rows attended to, too."""
+    raw = attention.raw
+    if raw is None or product.result.ndim < 2:
+        return False
+    made = product.result.reshape(-1, *product.result.shape[-2:]).float()
+    queries, keys = raw.shape[-2:]
+    if queries != keys or made.shape != raw.shape:
+        return tuple(made.shape[-2:]) == (keys, queries) != (queries, keys)
+    both = torch.isfinite(raw) & torch.isfinite(made) & torch.isfinite(made.transpose(-2, -1))
+    if not bool(both.any()):
+        return False
+    own = raw.float()[both]
+    along, across = (
+        float(torch.nn.functional.cosine_similarity(own, other[both], dim=0))
+        for other in (made, made.transpose(-2, -1))
+    )
+    return across > along + 0.05
 
 
 def _order(result: Tensor, axis: int, weights: Tensor) -> tuple[int, ...]:
@@ -346,6 +407,7 @@ def _read_product(trace: Trace, attention: Attention, product: Operation, scale:
         bare = product.inputs[1] @ product.inputs[2] * alpha
         attention.raw = bare.reshape(attention.logits.shape)
     attention.width = product.inputs[first].shape[-1]
+    attention.transposed = _is_transposed(attention, product)
     for side in (first, first + 1):
         factor, learned, normalised = _before_product(trace, product, side)
         scale *= factor
@@ -372,8 +434,13 @@ def _before_product(trace: Trace, product: Operation, side: int) -> tuple[float,
             learned = True
             if any(o.name in NORMS for o in trace.ancestors(step, 6)):
                 return scale, learned, True
-        elif step.name == "mul" and any(o.name in NORMS for o in trace.ancestors(step, 5)):
-            return scale, learned, True
+        elif step.name in ("mul", "div"):
+            # A norm is the divisor, or near the product with its reciprocal.
+            near = step if step.name == "mul" else trace.producer(step, 1)
+            if any(o.name in NORMS for o in trace.ancestors(near, 6)):
+                return scale, learned, True
+            if step.name == "div":
+                break
         elif step.name not in SHAPE_ONLY and step.name not in ("mul", "add", "neg", "sub"):
             break
         step = trace.producer(step, 0)
@@ -440,8 +507,9 @@ def _name(trace: Trace, attention: Attention, parameters: list[Tensor]) -> None:
 
     if scores is not None:
         first = first_factor(scores)
-        attention.query_parameters = nearest(scores, first)
-        attention.key_parameters = nearest(scores, first + 1)
+        query, key = attention.sides or (first, first + 1)
+        attention.query_parameters = nearest(scores, query)
+        attention.key_parameters = nearest(scores, key)
         attention.parameters = [*attention.query_parameters, *attention.key_parameters]
     else:
         attention.parameters = trace.nearest(trace.producer(attention.softmax, 0), parameters)

@@ -314,7 +314,8 @@ def ties(seen: Seen, found: Found) -> None:
     embeddings and heads apart.
 
     Source: benchmark operator Q8, TrainCheck (weight tying).
-    Cannot see: one module that is called twice, which is how sharing is usually written.
+    Cannot see: one module that is called twice or stands in two places, which is how sharing is
+    written where it is meant (Perceiver, ALBERT, Universal Transformer).
     Costs: a look at each parameter.
     """
     owners: dict[int, list[tuple[str, nn.Module]]] = {}
@@ -328,7 +329,7 @@ def ties(seen: Seen, found: Found) -> None:
         layer = seen.layer_of([parameter])
         if layer is not None and places:
             modules = [module for _, module in places]
-            plain = len({path for path, _ in places}) > 1 and not any(
+            plain = len({id(module) for module in modules}) > 1 and not any(
                 isinstance(module, nn.Embedding) for module in modules
             )
             tied.append((layer, float(plain)))
@@ -339,7 +340,8 @@ def units(seen: Seen, found: Found) -> None:
     """Finds units that start alike, and cannot become different.
 
     ``twin_units``: share of a matrix's rows that equal another of its rows, zeros apart, at the
-    first step. What is all ones is the gain of a norm, whatever its shape, and not a matrix.
+    first step. What is all ones is the gain of a norm, whatever its shape, and not a matrix; rows
+    of an embedding are no units: what each is trained by differs.
 
     Source: DEFault++ FWI, TheDeepChecker (symmetry breaking), benchmark operator F1.
     Cannot see: units that are alike after a norm, or whose outgoing weights are.
@@ -349,7 +351,11 @@ def units(seen: Seen, found: Found) -> None:
         return
     seen.memory["units"] = True
     twins: list[tuple[str, float]] = []
+    modules = seen.main.module.modules() if seen.calls.main is not None else ()
+    tables = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
     for parameter in seen.parameters.values():
+        if id(parameter) in tables:
+            continue
         if parameter.ndim < 2 or parameter.shape[0] < 4 or not parameter.is_floating_point():
             continue
         rows = parameter.detach().reshape(parameter.shape[0], -1)[:MOST_ROWS]

@@ -107,6 +107,20 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             made = self.producer(made, 0) if made.sources else None
         return made
 
+    def given_behind(self, operation: Operation, position: int) -> Tensor | None:
+        """Returns the given tensor (a parameter, say) that an input is, up to its shape."""
+        source = operation.sources[position]
+        if source < 0:
+            return operation.inputs[position]
+        for _ in range(8):
+            made = self.operations[source]
+            if made.name not in SHAPE_ONLY or not made.sources:
+                return None
+            source = made.sources[0]
+            if source < 0:
+                return made.inputs[0]
+        return None
+
     def named(self, *names: str) -> Iterator[Operation]:
         """Yields the operations of some names, in order."""
         return (operation for operation in self.operations if operation.name in names)
@@ -159,12 +173,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         queue, seen = [start.index], {start.index}
         for index in queue:
             operation = self.operations[index]
-            own = [id(x) for x, source in zip(operation.inputs, operation.sources, strict=True)
-                   if source < 0 and id(x) in ids]  # fmt: skip
             through = [s for s in operation.sources if s >= 0]
-            direct = [key for s in through for key in self._through_shapes(s) if key in ids]
-            if own or direct:
-                found |= {key: ids[key] for key in (*own, *direct)}
+            behind = [self.given_behind(operation, i) for i in range(len(operation.sources))]
+            direct = [id(tensor) for tensor in behind if tensor is not None and id(tensor) in ids]
+            if direct:
+                found |= {key: ids[key] for key in direct}
                 if operation.name not in ("add", "mul"):  # a bias; its matrix comes next
                     continue
             for source in through:
@@ -172,17 +185,6 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     seen.add(source)
                     queue.append(source)
         return list(found.values())
-
-    def _through_shapes(self, index: int) -> list[int]:
-        """Returns the given tensor that an operation only reshapes, if it does."""
-        for _ in range(8):
-            operation = self.operations[index]
-            if operation.name not in SHAPE_ONLY or not operation.sources:
-                return []
-            if operation.sources[0] < 0:
-                return [id(operation.inputs[0])]
-            index = operation.sources[0]
-        return []
 
 
 _OURS = ("torch", "diagnoser", "contextlib", "functools", "runpy", "importlib")

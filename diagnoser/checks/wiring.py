@@ -37,7 +37,8 @@ def sources(seen: Seen, found: Found) -> None:
                 apart.append((name, float(not keys & values)))
         n = attention.weights.shape[0]
         count = n // seen.batch if n % seen.batch == 0 else 1
-        if 1 < count <= 64 and attention.weights.shape[-1] > 2:
+        plain = attention.softmax.result.ndim < 5  # else an axis beside batch and heads
+        if plain and 1 < count <= 64 and attention.weights.shape[-1] > 2:
             weights = attention.weights.reshape(-1, count, *attention.weights.shape[1:])[:8].float()
             by_head = weights.transpose(0, 1).reshape(count, -1)
             rows = weights.shape[0] * weights.shape[2]

@@ -15,6 +15,7 @@ from diagnoser.table import Array, Column
 
 EARLY_SAMPLES: Final = 3  # measurements that make a component's own early window
 SMOOTHED: Final = 3  # measurements of a moving median
+NEAR_THE_END: Final = 0.8  # of the run: a measurement before says nothing of its end
 RESTING: Final = 0.05  # of its highest learning rate: below it hardly anything is learned
 
 
@@ -416,9 +417,11 @@ def rate_growth(s: Source) -> Column:
 
 
 def at_the_end(s: Source) -> Column:
-    """1 at the last measurement of a run that has ended, 0 at all others."""
+    """1 at the last measurement of a run that has ended, unless much of it came after; else 0."""
     result = np.zeros((1, len(s.steps)))
-    if len(s.steps) and s.recording.ending is not None:
+    losses = s.recording.losses.step
+    last = int(losses[-1]) if len(losses) else 0
+    if len(s.steps) and s.recording.ending is not None and s.steps[-1] >= NEAR_THE_END * last:
         result[0, -1] = 1.0
     return Column.exact(result)
 

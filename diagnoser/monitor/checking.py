@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,7 @@ class Checking:
     def prepare(self, step: int, schedule: Schedule, *, first: bool) -> None:
         """Begins to record, after a backward, where the coming ``step`` is to be checked."""
         self.calls = None
+        self.recorder.step = step
         if first:
             self._due = schedule.wants_checks(step)
         if self._due or self._record_all:  # again after each of several backwards of a step
@@ -88,7 +89,8 @@ class Checking:
 
     def read_notes(self, sample: Sample) -> None:
         """Adds to a sample what the program did between backward and step, and to evaluate."""
-        notes, evaluations = self._notes, self.recorder.evaluations
+        notes = self._notes
+        evaluations = evaluations_in(self.recorder.evaluations, sample.step)
         if notes.clips:
             ratios, notes.clip_ratios = notes.clip_ratios, []
             if ratios:
@@ -103,6 +105,22 @@ class Checking:
             sample.run("scheduler_first", float(notes.scheduler_first))
             self.place(sample.step, "scheduler", MODEL, notes.scheduler_place)
         if evaluations:
-            wrong = [where for in_training, where in evaluations if in_training]
+            wrong = [where for _, in_training, where in evaluations if in_training]
             sample.run("scored_in_training", len(wrong) / len(evaluations))
             self.place(sample.step, "evaluation", MODEL, wrong[0] if wrong else None)
+
+
+def evaluations_in(
+    seen: Sequence[tuple[int, bool, Where | None]], step: int
+) -> list[tuple[int, bool, Where | None]]:
+    """Returns the calls without gradients that are evaluations and no part of every step.
+
+    A generator whose samples train a discriminator, or a teacher, is called on each; whether that
+    is so is known when one more step has passed.
+    """
+    places = {(at, where) for at, _, where in seen}
+    return [
+        (at, in_training, where)
+        for at, in_training, where in seen
+        if at < step and not {(at - 1, where), (at + 1, where)} & places
+    ]

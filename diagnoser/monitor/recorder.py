@@ -39,13 +39,15 @@ class CallRecorder:
     """Keeps the outermost calls of the running step while it is on.
 
     Attributes:
-        evaluations: Of those looked at, whether it ran in train mode, and its place.
+        evaluations: Of those looked at, the step, whether it ran in train mode, and its place.
+        step: The running one, as the monitor counts.
         ended: Why nothing more is recorded; None while it may be.
         paused: Whether the monitor itself is at work, whose calls are no evaluations.
     """
 
     def __init__(self) -> None:
-        self.evaluations: list[tuple[bool, Where | None]] = []
+        self.evaluations: list[tuple[int, bool, Where | None]] = []
+        self.step = 0
         self.ended: str | None = None
         self._thread = threading.get_ident()
         self._calls = Calls()
@@ -141,7 +143,7 @@ class CallRecorder:
         place = user_line()
         said = scored_in_training(Call(module, args, kwargs, None, module.training, False, place))
         if said is not None:
-            self.evaluations.append((said, place))
+            self.evaluations.append((self.step, said, place))
             self.leave_no_grad()
 
     def _loss_function(self, name: str, original: Any) -> Any:
