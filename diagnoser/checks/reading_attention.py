@@ -316,14 +316,13 @@ def _read_logits(trace: Trace, attention: Attention) -> None:
 
 
 def mixed_input(trace: Trace, operation: Operation) -> int | None:
-    """Returns which input a small square parameter multiplies, as where heads are mixed, or None.
+    """Returns which input a small parameter multiplies, as where heads are mixed, or None.
 
     Source: Shazeer et al. 2020, 2003.02436 (talking heads).
     """
     if operation.name == "convolution":
         weight = operation.inputs[1]
-        square = weight.shape[0] == weight.shape[1] <= MOST_HEADS and weight[0, 0].numel() == 1
-        return 0 if square else None
+        return 0 if _is_small(weight) and weight[0, 0].numel() == 1 else None
     if operation.name not in PRODUCTS:
         return None
     first = first_factor(operation)
@@ -333,9 +332,13 @@ def mixed_input(trace: Trace, operation: Operation) -> int | None:
         tensor = trace.given_behind(operation, position)
         if tensor is None or not tensor.requires_grad or tensor.ndim != 2:
             continue
-        if tensor.shape[0] == tensor.shape[1] <= MOST_HEADS:
+        if _is_small(tensor):
             return 2 * first + 1 - position
     return None
+
+
+def _is_small(weight: Tensor) -> bool:
+    return min(weight.shape[:2]) > 1 and max(weight.shape[:2]) <= MOST_HEADS
 
 
 def _is_transposed(attention: Attention, product: Operation) -> bool:

@@ -340,8 +340,7 @@ def units(seen: Seen, found: Found) -> None:
     """Finds units that start alike, and cannot become different.
 
     ``twin_units``: share of a matrix's rows that equal another of its rows, zeros apart, at the
-    first step. What is all ones is the gain of a norm, whatever its shape, and not a matrix; rows
-    of an embedding are no units: what each is trained by differs.
+    first step. What is all ones is the gain of a norm, whatever its shape, and not a matrix.
 
     Source: DEFault++ FWI, TheDeepChecker (symmetry breaking), benchmark operator F1.
     Cannot see: units that are alike after a norm, or whose outgoing weights are.
@@ -351,11 +350,7 @@ def units(seen: Seen, found: Found) -> None:
         return
     seen.memory["units"] = True
     twins: list[tuple[str, float]] = []
-    modules = seen.main.module.modules() if seen.calls.main is not None else ()
-    tables = {id(module.weight) for module in modules if isinstance(module, nn.Embedding)}
     for parameter in seen.parameters.values():
-        if id(parameter) in tables:
-            continue
         if parameter.ndim < 2 or parameter.shape[0] < 4 or not parameter.is_floating_point():
             continue
         rows = parameter.detach().reshape(parameter.shape[0], -1)[:MOST_ROWS]

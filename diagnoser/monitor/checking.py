@@ -115,12 +115,12 @@ def evaluations_in(
 ) -> list[tuple[int, bool, Where | None]]:
     """Returns the calls without gradients that are evaluations and no part of every step.
 
-    A generator whose samples train a discriminator, or a teacher, is called on each; whether that
-    is so is known when one more step has passed.
+    A generator whose samples train a discriminator, or a teacher, is called on each or, where two
+    optimizers take turns, on every other; whether that is so is known two steps later.
     """
     places = {(at, where) for at, _, where in seen}
     return [
         (at, in_training, where)
         for at, in_training, where in seen
-        if at < step and not {(at - 1, where), (at + 1, where)} & places
+        if at + 1 < step and not {(at + by, where) for by in (-2, -1, 1, 2)} & places
     ]
