@@ -139,7 +139,7 @@ def _size_of_keys(attention: Attention) -> float:
     scores, sides = attention.scores, attention.sides
     if scores is None or sides is None:
         return math.nan
-    size = float(scores.inputs[sides[1]].float().square().mean().sqrt())
+    size = float(scores.inputs[sides[1]].detach().float().square().mean().sqrt())
     return size if size > 0 else math.nan
 
 
