@@ -13,9 +13,9 @@ import argparse
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from benchmarks.reproductions import HALVES, Half, read_lot
+from benchmarks.reproductions import HALVES, Half, read_as, read_lot
 from benchmarks.reproductions_runs import (
     CONTROLS,
     HEALTHY,
@@ -27,9 +27,7 @@ from benchmarks.reproductions_runs import (
     watch,
     watched_path,
 )
-from diagnoser.errors import RuleError
 from diagnoser.rules.loading import Text
-from diagnoser.rules.strict_yaml import read_document
 
 KIND: Final = "controls"
 SEEDS: Final = 3
@@ -57,17 +55,7 @@ def load(folder: Path = CONTROLS) -> dict[str, Control]:
     drawn = read_lot(folder / "LOT")
     found = {}
     for name in sorted({path.stem for path in folder.glob("c[0-9]*")}):
-        path = folder / f"{name}.yaml"
-        for absent in (path, path.with_suffix(".py")):
-            if not absent.exists():
-                raise RuleError(f"{absent}: missing; a script and its .yaml go together")
-        document = read_document(path)
-        try:
-            control = Control.model_validate(document.data)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise document.error(first["loc"], f"{place}: {first['msg']}") from None
+        document, control = read_as(folder / f"{name}.yaml", Control)
         if not name.startswith(f"c{control.number:02d}_"):
             raise document.error(("number",), f"number: {name} is not of {control.number}")
         if drawn.get(control.number) != control.half:

@@ -24,7 +24,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Final, Literal, get_args
+from typing import Annotated, Final, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -53,12 +53,13 @@ from diagnoser.benchmark.harm import (
 from diagnoser.benchmark.results import write_whole
 from diagnoser.errors import DiagnoserError, RuleError
 from diagnoser.rules.loading import CauseName, Text
-from diagnoser.rules.strict_yaml import read_document
+from diagnoser.rules.strict_yaml import Document, read_document
 
 HARM: Final = FOLDER / "harm.json"
 Half = Literal["first", "second"]
 HALVES: Final[tuple[Half, ...]] = get_args(Half)
 PAIRS: Final = 12
+Model = TypeVar("Model", bound=BaseModel)
 FLOOR: Final = (0.02, True)  # of the mean of the fixed runs: a smaller loss of score is no harm
 
 
@@ -93,22 +94,31 @@ def load(folder: Path = FOLDER) -> tuple[dict[str, Reproduction], list[str]]:
 
 
 def _read(folder: Path, name: str, drawn: Mapping[int, Half]) -> Reproduction:
-    path = folder / f"{name}.yaml"
-    for absent in (path, path.with_suffix(".py")):
-        if not absent.exists():
-            raise RuleError(f"{absent}: missing; a script and its .yaml go together")
-    document = read_document(path)
-    try:
-        read = Reproduction.model_validate(document.data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise document.error(first["loc"], f"{place}: {first['msg']}") from None
+    document, read = read_as(folder / f"{name}.yaml", Reproduction)
     if not name.startswith(f"r{read.row:02d}_"):
         raise document.error(("row",), f"row: the file of row {read.row} is r{read.row:02d}_*.yaml")
     if drawn.get(read.row) != read.half:
         raise document.error(("half",), f"half: LOT draws row {read.row} as {drawn.get(read.row)}")
     return read
+
+
+def read_as(path: Path, kind: type[Model]) -> tuple[Document, Model]:
+    """Returns the file beside a script, and what is in it.
+
+    Raises:
+        RuleError: One of both is missing, or something else is in it; the text says where.
+    """
+    for absent in (path, path.with_suffix(".py")):
+        if not absent.exists():
+            raise RuleError(f"{absent}: missing; a script and its .yaml go together")
+    document = read_document(path)
+    try:
+        found = kind.model_validate(document.data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise document.error(first["loc"], f"{place}: {first['msg']}") from None
+    return document, found
 
 
 def read_lot(path: Path) -> dict[int, Half]:
