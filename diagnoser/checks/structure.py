@@ -90,7 +90,8 @@ def _begins_as_identity(seen: Seen, layers: Sequence[_Layer]) -> bool:
             for o in branch
         ):
             return True
-        if seen.step == 0 and any(not bool(t.any()) for t in found[0].inputs):
+        made = zip(found[0].inputs, found[0].sources, strict=True)
+        if seen.step == 0 and any(s > product and not bool(t.any()) for t, s in made):
             seen.memory["begins as identity"] = True
     return bool(seen.memory.get("begins as identity"))
 
