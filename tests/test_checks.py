@@ -54,8 +54,8 @@ SEEN = [
     ("scrambled_heads", "scrambled", 1.0, 0.0),
     ("zero_scores", "zero", 1.0, 0.0),
     ("half_scores", "half", 1.0, 0.0),
-    ("norm_missing", "no norm", 1.0, 0.0),
-    ("residual_missing", "no residual", 1.0, 0.0),
+    ("norms_absent", "no norm", 1.0, 0.0),
+    ("residuals_absent", "no residual", 1.0, 0.0),
     ("residual_normalised", "residual behind norm", 1.0, 0.0),
     ("tied_elsewhere", "tied", 1.0, 0.0),
     ("needless_causal", "causal", 1.0, 0.0),
@@ -260,6 +260,29 @@ def test_a_softmax_with_one_more_logit_is_over_no_other_axis_and_its_mask_hides(
     assert numbers(found, "mask_margin")[0] > 1e6
 
 
+class Sinks(nn.Module):
+    """A learned logit beside the keys, whose weight is cut off: rows sum to less than one."""
+
+    def __init__(self):
+        super().__init__()
+        self.sink = nn.Parameter(torch.zeros(1, 1, 1))
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x):
+        scores = self.query(x) @ self.key(x).transpose(1, 2) / WIDTH**0.5
+        scores = torch.cat([scores, self.sink.expand(*scores.shape[:2], 1)], -1)
+        return scores.softmax(-1)[..., :-1] @ self.value(x)
+
+
+def test_an_attention_sink_is_no_other_axis():
+    torch.manual_seed(0)
+    model, x = Sinks(), torch.randn(3, LENGTH, WIDTH)
+    output = model(x)
+    found = checked(model, x, loss=output.square().mean(), output=output)
+    assert numbers(found, "attention_sum_error")[0] > 0.01
+    assert numbers(found, "attention_other_axis") == [0.0]
+
+
 class TalkingHeads(nn.Module):
     """Heads are mixed before and behind the softmax, by a layer or a convolution."""
 
@@ -387,7 +410,7 @@ def test_how_large_inputs_are_does_not_matter_where_the_model_normalises_them(no
     model, x = Reversible(normalises), 1e5 * torch.randn(6, 8).abs() + 1e6
     output = model(x)
     found = checked(model, x, loss=output.square().mean(), output=output)
-    assert bool(numbers(found, "input_largest")) == (not normalises)
+    assert bool(numbers(found, "weighed_input_largest")) == (not normalises)
 
 
 def test_one_block_in_two_places_is_shared_on_purpose():
@@ -418,15 +441,67 @@ def test_members_of_one_set_are_no_samples_that_leak():
     assert found.unknown["position_share"].startswith("what is given is one set")
 
 
+class Neighbours(nn.Module):
+    """The mean over the neighbours of a node, by matrix or by list of edges, and attention."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.embed, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.register_buffer("kept", kept)
+
+    def forward(self, nodes, edges=None):
+        x = self.embed(nodes)
+        if edges is None:
+            return self.head(self.kept @ x)
+        return self.head(torch.zeros_like(x).index_add(0, edges[1], x[edges[0]]))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_nodes_that_are_added_up_along_edges_are_no_samples_that_leak(listed):
+    torch.manual_seed(0)
+    nodes, edges = torch.randn(12, WIDTH), torch.randint(12, (2, 40))
+    given = (nodes, edges) if listed else (nodes,)
+    model = Neighbours((torch.rand(12, 12) < 0.5).float())
+    found = checked(model, *given, target=torch.arange(12) % CLASSES)
+    assert found.unknown["sample_leak"].startswith("what is given is one set")
+
+
 def test_positions_that_cannot_be_told_apart_have_no_share():
     assert numbers(classified("no positions"), "position_share") == [0.0]
     assert numbers(classified(""), "position_share")[0] > 0.3
+
+
+def test_positions_that_begin_as_zeros_are_not_without_effect_yet():
+    torch.manual_seed(0)
+    tokens, target = batch()
+    model = Classifier()
+    model.positions.data.zero_()
+    found = checked(model, tokens, target=target)
+    assert found.unknown["positions_unused"] == "positions are learned, and still zero"
 
 
 def test_what_padding_holds_has_no_influence_behind_a_mask():
     assert numbers(classified("pooled padding"), "padding_influence")[0] > 0.05
     assert numbers(classified("unmasked"), "padding_influence")[0] > 0.05
     assert numbers(classified(""), "padding_influence") == [0.0]
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.inner = nn.GRU(WIDTH, WIDTH, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(2 * WIDTH, CLASSES)
+
+    def forward(self, tokens):
+        return self.head(self.inner(self.embedding(tokens))[0][:, 0])
+
+
+def test_recurrent_layers_learn_to_pass_padding():
+    torch.manual_seed(0)
+    tokens, target = batch()
+    found = checked(Recurrent(), tokens, target=target)
+    assert found.unknown["padding_influence"].startswith("recurrent and convolutional")
 
 
 class Tagger(Classifier):
@@ -574,6 +649,37 @@ def test_other_inputs_than_the_models_own_are_told_for_keys_and_values():
         assert numbers(found, "key_value_apart") == [float(wrong)]
 
 
+class ReadFrom(nn.Module):
+    """Causal attention between RMS norms, whose mean is over features and not over positions."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.positions = nn.Parameter(torch.randn(LENGTH, WIDTH))
+        self.attentions = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2))
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, tokens):
+        x = self.embedding(tokens) + self.positions
+        for attention in self.attentions:
+            y = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+            query, key, value = attention(y).unsqueeze(1).chunk(3, -1)
+            x = x + F.scaled_dot_product_attention(query, key, value, is_causal=True)[:, 0]
+        if self.read == "mean":
+            return self.head(x.mean(1))
+        return self.head(x[:, 0 if self.read == "first" else -1])
+
+
+@pytest.mark.parametrize("read", ["mean", "first", "last"])
+def test_a_causal_mask_is_judged_by_what_is_read_from_it(read):
+    torch.manual_seed(0)
+    tokens, target = torch.randint(1, VOCABULARY, (6, LENGTH)), torch.arange(6) % CLASSES
+    found = checked(ReadFrom(read), tokens, target=target)
+    assert numbers(found, "needless_causal") == [float(read == "mean")] * 2
+    assert numbers(found, "first_sees_itself") == [float(read == "first")] * 2
+
+
 class PostNorm(nn.Module):
     def __init__(self):
         super().__init__()
@@ -597,9 +703,10 @@ def test_norms_behind_blocks_are_no_misplaced_residuals_and_are_not_missing():
     assert numbers(found, "residual_normalised") == [0.0, 0.0]
     assert numbers(found, "norm_missing") == [0.0, 0.0]
     assert numbers(found, "residual_missing") == [0.0, 0.0]
-    model = PostNorm()
-    model.layers[1].norm1, model.layers[1].norm2 = nn.Identity(), nn.Identity()
-    assert numbers(checked(model, tokens, target=target), "norm_missing") == [0.0, 1.0]
+    for bare, missing in ((1, [0.0, 1.0]), (0, [0.0, 0.0])):  # the first may do without
+        model = PostNorm()
+        model.layers[bare].norm1, model.layers[bare].norm2 = nn.Identity(), nn.Identity()
+        assert numbers(checked(model, tokens, target=target), "norm_missing") == missing
 
 
 class Queries(nn.Module):
@@ -691,7 +798,8 @@ def test_branches_that_begin_as_nothing_or_have_a_gain_need_no_norm(design, miss
     torch.manual_seed(0)
     x, target = torch.randn(6, 5, WIDTH), torch.arange(6) % CLASSES
     found = checked(NormFree(design), x, target=target)
-    assert numbers(found, "norm_missing") == [missing] * 3
+    assert numbers(found, "norms_absent") == [missing] * 3
+    assert numbers(found, "norm_missing") == [0.0] * 3
 
 
 class Refined(nn.Module):
@@ -791,6 +899,14 @@ def test_targets_that_are_nan_have_no_scale():
     assert numbers(regression(lambda o: o.flip(0).detach() + 1), "target_gradient") == [0.0]
 
 
+def test_two_distributions_that_are_drawn_to_each_other_are_on_purpose():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)), torch.randn(16, 4)
+    one, other = (model(x).log_softmax(-1) for _ in range(2))
+    loss = F.kl_div(one, other, log_target=True, reduction="batchmean")
+    assert numbers(checked(model, x, loss=loss, output=one), "target_gradient") == []
+
+
 def test_a_reconstruction_with_its_arguments_swapped_has_no_target_to_detach():
     torch.manual_seed(0)
     model, x = nn.Linear(4, 4), torch.randn(16, 4)
@@ -831,7 +947,9 @@ def test_inputs_out_of_scale_not_finite_and_all_the_same():
     torch.manual_seed(0)
     model = nn.Linear(4, CLASSES)
     x, target = torch.randn(16, 4), torch.randint(CLASSES, (16,))
-    assert numbers(checked(model, x * 1e4, target=target), "input_largest")[0] > 1e4
+    large = checked(model, x * 1e4, target=target)
+    assert numbers(large, "input_largest")[0] > 1e4
+    assert numbers(large, "weighed_input_largest") == numbers(large, "input_largest")
     x[0, 0] = torch.nan
     assert numbers(checked(model, x, target=target), "input_non_finite") == [1 / 64]
     nothing = checked(model, torch.full_like(x, torch.nan), target=target)

@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from diagnoser.classifier import Classifier, Example, Vectors, fit, load, save, to_blame
 from diagnoser.classifier.fitting import _threshold
-from diagnoser.classifier.predict import component_rows
+from diagnoser.classifier.predict import TASK, component_rows
 from diagnoser.classifier.reference import learn_reference
 from diagnoser.classifier.saying import say
 from diagnoser.errors import ClassifierError
@@ -112,6 +112,20 @@ def test_a_model_without_what_all_others_had_is_not_judged(learned, unseen):
     other["update_ratio.latest"] = np.full(5, np.nan)
     said = learned.predict(replace(one.vectors, components=other))
     assert said.abstains and set(said.lacking) == {"excess.update_ratio.latest"}
+
+
+def test_a_task_unlike_those_of_all_others_is_not_judged():
+    """A loss that cannot be compared with guessing is of another task, such as a reconstruction."""
+    columns = (*RUN_COLUMNS, f"{TASK}.latest")
+    classified = [
+        replace(e, vectors=replace(e.vectors, run={**e.vectors.run, f"{TASK}.latest": 0.5}))
+        for e in examples()
+    ]
+    judge = fit(classified, columns, COMPONENT_COLUMNS, {"made_for": "a test"})
+    one = classified[0].vectors
+    assert not judge.predict(one).abstains
+    other = judge.predict(replace(one, run={n: v for n, v in one.run.items() if TASK not in n}))
+    assert other.abstains and other.lacking[0] == f"{TASK}.latest"
 
 
 def test_a_run_of_which_nothing_is_known_is_not_judged(learned):

@@ -51,7 +51,14 @@ CHECKS: Final[Mapping[str, Check]] = {
     "target-values": Check(objective.target_values, ("targets_outside", "smoothed_padding")),
     "regression-targets": Check(objective.regression_targets, ("target_scale", "target_constant")),
     "inputs": Check(
-        objective.inputs, ("input_largest", "input_non_finite", "same_samples", "same_batches")
+        objective.inputs,
+        (
+            "input_largest",
+            "weighed_input_largest",
+            "input_non_finite",
+            "same_samples",
+            "same_batches",
+        ),
     ),
     "softmax-axis": Check(
         attention.softmax_axis,
@@ -72,13 +79,13 @@ CHECKS: Final[Mapping[str, Check]] = {
         masks.padding_mask, ("padding_weight", "content_weight", "padded_query_hidden")
     ),
     "mask-value": Check(masks.mask_value, ("masked_rows", "mask_leak", "mask_margin")),
-    "causality": Check(masks.causality, ("future_weight", "needless_causal")),
+    "causality": Check(masks.causality, ("future_weight", "needless_causal", "first_sees_itself")),
     "attention-sources": Check(
         wiring.sources, ("same_query_key", "key_value_apart", "head_similarity")
     ),
     "head-layout": Check(wiring.head_layout, ("scrambled_heads",)),
-    "norms": Check(structure.norms, ("norm_missing",)),
-    "residuals": Check(structure.residuals, ("residual_missing",)),
+    "norms": Check(structure.norms, ("norm_missing", "norms_absent")),
+    "residuals": Check(structure.residuals, ("residual_missing", "residuals_absent")),
     "residual-source": Check(structure.residual_source, ("residual_normalised",)),
     "streams": Check(structure.streams, ("updated_stream",)),
     "growth": Check(structure.growth, ("activation_growth",)),
@@ -114,9 +121,10 @@ WHY: Final[Mapping[str, str]] = {
     "decayed_vectors": "the model has neither norms nor biases",
     "batch_norm_momentum": "the model has no batch norm",
     "not_log_probabilities": "no negative log-likelihood is the loss",
-    "target_gradient": "no regression or divergence is the loss",
+    "target_gradient": "no regression or binary cross-entropy is the loss",
     "batch_label_entropy": "it takes two batches of eight labels, of more than one class",
-    "input_largest": "the model is given no float tensor of two dimensions, or normalises it",
+    "input_largest": "the model is given no float tensor of two dimensions",
+    "weighed_input_largest": "no float tensor is multiplied by weights as it is given",
     "input_non_finite": "the model is given no float tensor of two dimensions",
     "same_samples": "the batch holds fewer than three samples",
     "same_batches": "it takes two checked steps",
@@ -135,6 +143,7 @@ WHY: Final[Mapping[str, str]] = {
     "mask_margin": "no mask has a finite value",
     "future_weight": "no self-attention is over inputs that are targets next",
     "needless_causal": "no self-attention is in a model of one target a sample",
+    "first_sees_itself": "no self-attention is in a model of one target a sample",
     "same_query_key": "attention is not a product of queries and keys",
     "key_value_apart": "keys or values come from no input",
     "head_similarity": "attention has one head",

@@ -8,7 +8,6 @@ import torch
 
 from diagnoser.checks.reading_attention import SOFTMAXES, Attention, some
 from diagnoser.checks.seen import Found, Seen
-from diagnoser.checks.trace import Operation
 
 EXACT = 1e-3
 HIDDEN = 1e-6  # weight of a position that a mask hides
@@ -52,7 +51,7 @@ def softmax_axis(seen: Seen, found: Found) -> None:
         mask.append((name, float(masks)))
         elsewhere = (
             float(off.mean()) > 10 * EXACT and not is_scaled and not masks and spread > 10 * EXACT
-        ) and _sums_to_one(attention.softmax)
+        ) and _is_whole(attention)
         axis.append((name, float(elsewhere)))
     found.components("attention_sum_error", error)
     found.components("attention_other_axis", axis)
@@ -61,8 +60,15 @@ def softmax_axis(seen: Seen, found: Found) -> None:
     found.components("attention_by_feature", by_feature)
 
 
-def _sums_to_one(softmax: Operation) -> bool:
-    """Whether a softmax does so over any axis: one with an extra logit (softmax-off-by-one) not."""
+def _is_whole(attention: Attention) -> bool:
+    """Whether a softmax is of all that is weighted, and of nothing else.
+
+    An extra logit takes a share of a row on purpose, within the softmax (softmax-off-by-one) or as
+    a column that is cut off behind it (attention sinks).
+    """
+    softmax = attention.softmax
+    if softmax.result.numel() != attention.weights.numel():
+        return False
     result = softmax.result.float()
     return softmax.name in SOFTMAXES or any(
         bool(((result.sum(axis) - 1).abs() < EXACT).all()) for axis in range(result.ndim)

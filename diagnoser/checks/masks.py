@@ -8,6 +8,7 @@ from torch import Tensor
 from diagnoser.checks.attention import EXACT, HIDDEN
 from diagnoser.checks.reading_attention import MOST_SAMPLES, Attention, some
 from diagnoser.checks.seen import Found, Seen
+from diagnoser.checks.trace import Operation
 from diagnoser.errors import MeasurementError
 
 SUMS_TO_ONE = 0.03  # how far weights of a query may be from it
@@ -121,8 +122,9 @@ def causality(seen: Seen, found: Found) -> None:
 
     ``future_weight``: share of attention on later positions, in self-attention whose queries and
     keys are made of inputs that are the loss's next targets (a decoder's, not its encoder's).
-    ``needless_causal``: 1 where no later position is ever seen although a sample has a single
-    target, which is read from a mean over positions or from the first of them.
+    Where a sample has a single target and no later position is ever seen: ``needless_causal``, 1
+    where it is read from a mean over positions, most of which know little; ``first_sees_itself``,
+    1 where it is read from the first position, which knows nothing but itself.
 
     Source: huggingface/transformers#48745, xformers#103, DEFault++ VEC.
     Cannot see: targets that are not recognised as next inputs (integers of the input's length).
@@ -148,21 +150,33 @@ def causality(seen: Seen, found: Found) -> None:
         if any(length == n and _is_made_of(seen, attention, tokens) for tokens, n in targets):
             found.component("future_weight", name, float(later.mean()))
         elif one_each and not targets and length > 2:
-            hidden = float(later.max()) < HIDDEN and _pools(seen, attention, length)
-            found.component("needless_causal", name, float(hidden))
+            read = _read_from(seen, attention, length) if float(later.max()) < HIDDEN else ""
+            found.component("needless_causal", name, read == "mean")
+            found.component("first_sees_itself", name, read == "first")
 
 
-def _pools(seen: Seen, attention: Attention, length: int) -> bool:
-    """Whether the mean over positions, or the first position, is what is made of an attention."""
+def _read_from(seen: Seen, attention: Attention, length: int) -> str:
+    """What of an attention's positions goes on to the target: their ``mean``, the ``first``."""
     for operation in seen.trace.descendants(attention.product, 400):
         shape = operation.inputs[0].shape if operation.inputs else ()
-        if operation.name in ("mean", "sum", "amax", "max") and length in shape[:-1]:
-            return True
+        if operation.name in ("mean", "sum", "amax", "max") and any(
+            shape[axis] == length for axis in _reduced(operation)
+        ):
+            return "mean"
         if operation.name == "select" and len(operation.args) > 2:
             _, axis, index = operation.args[:3]
             if shape[axis] == length and index == 0:
-                return True
-    return False
+                return "first"
+    return ""
+
+
+def _reduced(operation: Operation) -> list[int]:
+    """The axes that a reduction is over: not those of an RMS norm, which are features."""
+    if len(operation.args) < 2:
+        return []
+    axes = operation.args[1]
+    several = axes if isinstance(axes, list | tuple) else [axes]
+    return [axis for axis in several if isinstance(axis, int)]
 
 
 def _is_made_of(seen: Seen, attention: Attention, tokens: Tensor) -> bool:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from diagnoser.checks.calls import distinct
 from diagnoser.checks.losses import Loss
-from diagnoser.checks.reading_attention import NORMS
 from diagnoser.checks.seen import Found, Seen
-from diagnoser.checks.trace import SHAPE_ONLY
+from diagnoser.checks.trace import PRODUCTS, SHAPE_ONLY
 from diagnoser.errors import MeasurementError
 
-STATISTICS = frozenset({"mean", "var_mean", "var", "std", "std_mean", "amax", "max", "median"})
+KEEPS_SIZE = frozenset({"constant_pad_nd", "native_dropout", "masked_fill", "where"})
+CONVOLUTIONS = frozenset({"convolution", "mkldnn_convolution", "mkldnn_rnn_layer"})
 MOST_LABELS = 4096
 LEAST_LABELS = 8
 REGRESSION = ("mse", "l1", "smooth_l1", "huber")
@@ -35,10 +35,11 @@ def scores_into_loss(seen: Seen, found: Found) -> None:
 
     ``not_log_probabilities``: share of rows that a negative log-likelihood is given whose
     exponentials do not sum to one. ``target_gradient``: 1 where gradients flow into both sides of a
-    regression or a divergence: the target misses a ``detach``.
+    regression or a binary cross-entropy: the target misses a ``detach``.
 
     Source: UMLAUT (missing softmax); ariecattan/SciCo#2.
-    Cannot see: losses written by hand. Probabilities into cross-entropy are
+    Cannot see: losses written by hand; divergences, both sides of which are often drawn to each
+    other (R-Drop). Probabilities into cross-entropy are
     `probabilities_into_loss` of the graph.
     Costs: the sum of exponentials of one batch of scores.
     """
@@ -50,7 +51,7 @@ def scores_into_loss(seen: Seen, found: Found) -> None:
             total = rows.exp().sum(-1)
             found.run("not_log_probabilities", float(((total - 1).abs() > 0.01).float().mean()))
             seen_any = True
-        if loss.kind in (*REGRESSION, "kl_div", "bce_logits", "bce"):
+        if loss.kind in (*REGRESSION, "bce_logits", "bce"):
             both = loss.target_has_gradient and loss.scores_have_gradient
             found.run("target_gradient", float(both))
             seen_any = True
@@ -202,22 +203,26 @@ def regression_targets(seen: Seen, found: Found) -> None:
 def inputs(seen: Seen, found: Found) -> None:
     """Finds inputs that are not finite, out of scale, the same for all samples, or repeated.
 
-    ``input_largest``: largest absolute finite value of the float inputs. ``input_non_finite``:
+    ``input_largest``: largest absolute finite value of the float inputs; ``weighed_input_largest``:
+    the same where weights multiply them as they are: others are normalised in the model (RevIN), or
+    embedded (times, angles). ``input_non_finite``:
     share of their values that are NaN or infinite. ``same_samples``: share of samples of a batch
     that equal the first one. ``same_batches``: share of the steps looked at whose batch was seen
     before.
 
     Source: UMLAUT (input range), TheDeepChecker, TensorFlow data validation manners.
-    Cannot see: inputs that are computed inside of the model. How large they are does not matter
-    where the model begins by normalising them (RevIN).
+    Cannot see: inputs that are computed inside of the model.
     Costs: a few sums over the batch.
     """
     given = [t for t in seen.main.inputs if t.ndim and t.numel()]
     floats = [t.detach() for t in given if t.is_floating_point() and t.ndim > 1]
     for tensor in floats[:1]:
         finite = torch.isfinite(tensor)
-        if bool(finite.any()) and not _is_normalised_within(seen, tensor):
-            found.run("input_largest", float(tensor[finite].abs().max()))
+        if bool(finite.any()):
+            largest = float(tensor[finite].abs().max())
+            found.run("input_largest", largest)
+            if _meets_weights(seen, tensor):
+                found.run("weighed_input_largest", largest)
         found.run("input_non_finite", float((~finite).float().mean()))
     if not given:
         raise MeasurementError("the model is given no tensor")
@@ -235,23 +240,32 @@ def inputs(seen: Seen, found: Found) -> None:
         found.run("same_batches", 1.0 - (len(batches) - 1) / (count - 1))
 
 
-def _is_normalised_within(seen: Seen, tensor: Tensor) -> bool:
-    """Whether the first thing that the model does with an input is to take its mean or norm."""
+def _meets_weights(seen: Seen, tensor: Tensor) -> bool:
+    """Whether the first thing that the model does with an input is to multiply it by weights."""
     try:
         trace = seen.trace
     except MeasurementError:
         return False
     taken = [
-        operation
+        (operation, position)
         for operation in trace.operations
-        for given, source in zip(operation.inputs, operation.sources, strict=True)
-        if source < 0 and given.shape == tensor.shape and torch.equal(given, tensor)
+        for position, given in enumerate(operation.inputs)
+        if operation.sources[position] < 0
+        and given.shape == tensor.shape
+        and torch.equal(given, tensor)
     ]
-    for operation in taken:  # grows while it is read
-        if operation.name in NORMS or operation.name in STATISTICS:
-            return True
-        if operation.name in SHAPE_ONLY:
-            taken += trace.consumers(operation)
+    for operation, position in taken:  # grows while it is read
+        if operation.name in (*SHAPE_ONLY, *KEEPS_SIZE):
+            taken += [
+                (consumer, consumer.sources.index(operation.index))
+                for consumer in trace.consumers(operation)
+            ]
+        elif operation.name in (*PRODUCTS, *CONVOLUTIONS):
+            return any(
+                other.requires_grad and other.ndim > 1
+                for i in range(len(operation.inputs))
+                if i != position and (other := trace.given_behind(operation, i)) is not None
+            )
     return False
 
 

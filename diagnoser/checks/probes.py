@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from diagnoser.checks.calls import changed
 from diagnoser.checks.masks import next_inputs
 from diagnoser.checks.reading_attention import find_attentions
 from diagnoser.checks.seen import Found, Seen, first_float
-from diagnoser.checks.trace import Trace
+from diagnoser.checks.trace import PRODUCTS, Trace
 from diagnoser.errors import MeasurementError
 
-POSITIONS = re.compile(r"(^|[._])(pos|pe\b|wpe|rope|rotary|alibi)", re.IGNORECASE)
+POSITIONS = re.compile(
+    r"(^|[._])(position|pos(_?(emb|enc|table|code))|pos\b|pe\b|wpe|rope|rotary|alibi)",
+    re.IGNORECASE,
+)
 NOISE = 1e-4  # of the outputs' spread
+SCATTERS = frozenset({"scatter_add", "scatter_reduce", "index_add", "index_put", "segment_reduce"})
+SPARSE = frozenset({"_sparse_mm", "_sparse_addmm"})
 
 
 def _spread(output: Tensor) -> float:
@@ -67,7 +74,7 @@ def sample_leak(seen: Seen, found: Found) -> None:
     Source: DEFault++ (cross-example leak), TheDeepChecker (input dependency).
     Cannot see: a batch axis that is not the first (it says so), leaks in train mode alone (batch
     norm, contrastive losses); what is given as one set, such as the nodes of a graph (n, features),
-    whose members are to attend to each other.
+    whose members are to attend to each other, along edges or all to all.
     Costs: one forward, two where it finds a leak.
     """
     base = first_float(seen.outputs)
@@ -104,13 +111,28 @@ def sample_leak(seen: Seen, found: Found) -> None:
 
 
 def _is_one_set(seen: Seen) -> bool:
-    """Whether the first axis of the inputs is what attention runs along, and there is no other."""
-    if seen.token_inputs or any(t.ndim > 2 for t in seen.main.inputs):
-        return False
+    """Whether the first axis of the inputs holds what belongs together, such as nodes of a graph.
+
+    Either attention runs along it and there is no other axis, or a matrix that was given combines
+    its entries (an adjacency), or they are added up where an index says (edges).
+    """
+    size = seen.batch
+    if not seen.token_inputs and all(t.ndim < 3 for t in seen.main.inputs):
+        with suppress(MeasurementError):
+            if any(a.weights.shape[-2:] == (size, size) for _, a in seen.attentions):
+                return True
     try:
-        return any(a.weights.shape[-2:] == (seen.batch, seen.batch) for _, a in seen.attentions)
+        trace = seen.trace
     except MeasurementError:
         return False
+    return any(
+        operation.name in SCATTERS and operation.result.shape[:1] == (size,)
+        for operation in trace.operations
+    ) or any(
+        given is not None and not given.requires_grad and tuple(given.shape) == (size, size)
+        for operation in trace.named(*PRODUCTS, *SPARSE)
+        for given in (trace.given_behind(operation, i) for i in range(len(operation.inputs)))
+    )
 
 
 def _where_it_begins(seen: Seen, changed_run: Trace, size: int) -> str | None:
@@ -196,6 +218,8 @@ def order_blind(seen: Seen, found: Found) -> None:
         if unmasked.numel() and float(unmasked.abs().max()) > 1e-3:
             raise MeasurementError("positions enter through the scores of attention")
     share = ratio if ratio > NOISE else 0.0
+    if share == 0.0 and _positions_are_zero(seen.main.module):
+        raise MeasurementError("positions are learned, and still zero")
     found.run("position_share", share)
     found.run("positions_unused", share == 0.0 and _has_positions(seen.main.module))
     found.place("model", seen.main.place)
@@ -205,6 +229,13 @@ def _has_positions(module: nn.Module) -> bool:
     names = [name for name, _ in module.named_modules()]
     names += [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
     return any(POSITIONS.search(name) for name in names)
+
+
+def _positions_are_zero(module: nn.Module) -> bool:
+    return any(
+        POSITIONS.search(name) and not bool(parameter.any())
+        for name, parameter in module.named_parameters()
+    )
 
 
 def _sees_no_later(weights: Tensor) -> bool:
@@ -221,9 +252,12 @@ def padding_content(seen: Seen, found: Found) -> None:
     embedding of the padding is replaced by random vectors of usual size, over their spread.
 
     Source: DEFault++ (pad mass); yg211/bert_nli#3, jina-ai/clip-as-service#76 (pooling).
-    Cannot see: padding that is not embedded, or that is not recognised.
+    Cannot see: padding that is not embedded, or that is not recognised; models with recurrent or
+    convolutional layers, which run over it and learn to pass it.
     Costs: one forward.
     """
+    if any(isinstance(m, nn.RNNBase | _ConvNd) for m in seen.replica.module.modules()):
+        raise MeasurementError("recurrent and convolutional layers run over padding")
     padding, tokens = seen.padding, seen.tokens
     base = first_float(seen.outputs)
     generator = torch.Generator().manual_seed(0)

@@ -51,9 +51,10 @@ def _layers(seen: Seen, attentions: Sequence[tuple[str, Attention]]) -> list[_La
 def norms(seen: Seen, found: Found) -> None:
     """Finds attention layers without a norm.
 
-    ``norm_missing``: 1 where nothing is normalised between several attentions that follow each
-    other, or where a layer has fewer norms than others in the same list of layers. Residual
-    branches that begin at zero or have a learned gain do without (Fixup, SkipInit, ReZero).
+    ``norm_missing``: 1 where a layer has fewer norms than others in the same list of layers; the
+    first may, whose input is often normalised as it is. ``norms_absent``: 1 where nothing is
+    normalised between several attentions that follow each other. Residual branches that begin at
+    zero or have a learned gain do without (Fixup, SkipInit, ReZero).
 
     Source: hust-linyi/CAT-Net#6, DEFault++ (layernorm operators), benchmark operator N1;
     Zhang et al. 2019, 1901.09321; Bachlechner et al. 2021, 2003.04887.
@@ -72,7 +73,8 @@ def norms(seen: Seen, found: Found) -> None:
     none = not between & NORMS and not _begins_as_identity(seen, layers)
     modules = dict(seen.main.module.named_modules(remove_duplicate=False))
     for name in dict.fromkeys(layer.name for layer in layers):
-        found.component("norm_missing", name, none or _fewer_norms(modules, name))
+        found.component("norm_missing", name, not none and _fewer_norms(modules, name))
+        found.component("norms_absent", name, none)
 
 
 def _begins_as_identity(seen: Seen, layers: Sequence[_Layer]) -> bool:
@@ -108,7 +110,8 @@ def _fewer_norms(modules: Mapping[str, nn.Module], name: str) -> bool:
                 counts[key] for key, child in container.named_children()
                 if key != part and type(child) is type(container[int(part)])
             ]  # fmt: skip
-            return bool(same) and own < min(same)
+            is_first = part == next(iter(dict(container.named_children())))
+            return bool(same) and not is_first and own < min(same)
     return False
 
 
@@ -121,8 +124,8 @@ def residuals(seen: Seen, found: Found) -> None:
 
     ``residual_missing``: 1 where nothing that a self-attention was computed from is added to what
     it gives before that is attended to again, although another attention of the model has such a
-    sum, or two layers of one list follow each other without any. Without either there is no sign
-    that one was meant to be there.
+    sum. ``residuals_absent``: 1 where no attention has, and two layers of one list follow each
+    other: networks that end sooner, or pool, do without.
 
     Source: DEFault++ RRS, benchmark operator N3.
     Cannot see: models of one layer; other ways around (concatenation counts as one).
@@ -130,18 +133,16 @@ def residuals(seen: Seen, found: Found) -> None:
     """
     layers = _layers(seen, [(n, a) for n, a in seen.attentions if a.width > 1])
     around = [_residual(seen, layer, layer.end(layers, seen)) is not None for layer in layers]
-    usual = any(around) or any(
+    stacked = any(
         layer.following is not None
         and layer.name != layers[layer.following].name
         and _numberless(layer.name) == _numberless(layers[layer.following].name)
         for layer in layers
     )
-    missing = [
-        (layer.name, float(usual and not has))
-        for layer, has in zip(layers, around, strict=True)
-        if layer.attention.is_self
-    ]
-    found.components("residual_missing", missing)
+    told = [(y.name, has) for y, has in zip(layers, around, strict=True) if y.attention.is_self]
+    none = stacked and not any(around)
+    found.components("residual_missing", [(n, float(any(around) and not has)) for n, has in told])
+    found.components("residuals_absent", [(name, float(none)) for name, _ in told])
 
 
 def _numberless(name: str) -> str:

@@ -20,6 +20,7 @@ REASONS: Final = 5  # features that are said to have moved a prediction
 # kind of model's, and of all, of which a task or a script may have no use for some.
 LACKING_OF_COMPONENTS: Final = 0.05
 LACKING: Final = 0.15
+TASK: Final = "loss_to_chance"  # what every run of its kind of task has: classification
 SURE_OF_PLACE: Final = 0.5  # probability from which a component is named, and not the whole model
 
 
@@ -129,7 +130,8 @@ class Classifier:
         last, known = rows[-1], ~np.isnan(rows[-1])
         outside = known & ((last < self.range[0]) | (last > self.range[1]))
         unfamiliar = float(outside.sum() / known.sum()) if known.any() else 0.0
-        lacking = tuple(self.run_columns[i] for i in self.usual if not known[i])
+        lacking = [self.run_columns[i] for i in self.usual if not known[i]]
+        lacking.sort(key=_is_of_task, reverse=True)  # what says most, first
         rows = rows[enough_known(rows, self.least_known)]
         faulty = float(self.verdict.calibrated(self.verdict.score(rows).mean()))
         causes = [
@@ -148,15 +150,21 @@ class Classifier:
             tuple(sorted(causes, key=lambda pair: (-pair[1], pair[0]))),
             tuple(sorted(placed, key=lambda pair: (-pair[1], pair[0]))),
             unfamiliar,
-            lacking,
+            tuple(lacking),
             unfamiliar > self.most_unfamiliar or self._lacks_too_much(lacking),
             self._reasons(rows, faulty) if explain else (),
         )
 
-    def _lacks_too_much(self, lacking: tuple[str, ...]) -> bool:
+    def _lacks_too_much(self, lacking: Sequence[str]) -> bool:
         usual = [self.run_columns[i] for i in self.usual]
         ours, theirs = _of_components(lacking), _of_components(usual)
-        return ours > LACKING_OF_COMPONENTS * theirs or len(lacking) > LACKING * len(usual)
+        task = [name for name in usual if _is_of_task(name)]
+        other_task = bool(task) and set(task) <= set(lacking)
+        return (
+            other_task
+            or ours > LACKING_OF_COMPONENTS * theirs
+            or len(lacking) > LACKING * len(usual)
+        )
 
     def _reasons(self, rows: Array, faulty: float) -> tuple[Reason, ...]:
         """What the verdict would be with a column at its healthy middle, one at a time."""
@@ -184,6 +192,10 @@ def one_thread() -> AbstractContextManager[Any]:
 
     limited: AbstractContextManager[Any] = threadpool_limits(limits=1, user_api="openmp")
     return limited
+
+
+def _is_of_task(column: str) -> bool:
+    return column.startswith(TASK)
 
 
 def _of_components(columns: Sequence[str]) -> int:
