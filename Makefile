@@ -56,9 +56,10 @@ evidence: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.published_families
 	$(BIN)/python -m benchmarks.outcomes
 	$(BIN)/python -m benchmarks.reproductions harm
-	$(BIN)/python -m benchmarks.reproductions watch --half all
-	$(BIN)/python -m benchmarks.controls watch --half first
-	$(BIN)/python -m benchmarks.controls watch --half second
+	$(BIN)/python -m benchmarks.reproductions watch --lot all
+	$(BIN)/python -m benchmarks.controls watch --lot first
+	$(BIN)/python -m benchmarks.controls watch --lot second
+	$(BIN)/python -m benchmarks.controls watch --lot third
 	$(BIN)/python -m benchmarks.odd_controls
 	$(BIN)/python -m benchmarks.check_cost
 	$(BIN)/python -m benchmarks.tables

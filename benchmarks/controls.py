@@ -1,8 +1,8 @@
 """Healthy scripts of many architectures (``cases/controls``): is anything said to be wrong?
 
-``python -m benchmarks.controls watch --half first``
+``python -m benchmarks.controls watch --lot first``
     trains each under ``diagnoser run``, keeps what it says and prints the alarms. With ``--once``
-    the runs are kept where no later run overwrites them, as the first look at a half.
+    the runs are kept where no later run overwrites them, as the first look at a lot.
 
 Finished runs are kept, see `reproductions_runs`; ``docs/reproductions.md`` counts them.
 """
@@ -15,11 +15,12 @@ from typing import Final
 
 from pydantic import BaseModel, ConfigDict
 
-from benchmarks.reproductions import HALVES, Half, read_as, read_lot
+from benchmarks.reproductions import LOTS, Lot, read_as, read_draw
 from benchmarks.reproductions_runs import (
     CONTROLS,
     HEALTHY,
     Row,
+    check_first_look,
     complete,
     current,
     digest_of_code,
@@ -41,7 +42,7 @@ class Control(BaseModel):
     number: int
     title: Text
     reference: Text
-    half: Half
+    lot: Lot
     baseline: float
     odd: Text
 
@@ -52,22 +53,22 @@ def load(folder: Path = CONTROLS) -> dict[str, Control]:
     Raises:
         RuleError: A file is missing, or holds something else; the text says which and where.
     """
-    drawn = read_lot(folder / "LOT")
+    drawn = read_draw(folder / "LOT")
     found = {}
     for name in sorted({path.stem for path in folder.glob("c[0-9]*")}):
         document, control = read_as(folder / f"{name}.yaml", Control)
         if not name.startswith(f"c{control.number:02d}_"):
             raise document.error(("number",), f"number: {name} is not of {control.number}")
-        if drawn.get(control.number) != control.half:
-            raise document.error(("half",), f"half: LOT draws it as {drawn.get(control.number)}")
+        if drawn.get(control.number) != control.lot:
+            raise document.error(("lot",), f"lot: LOT draws it as {drawn.get(control.number)}")
         found[name] = control
     return found
 
 
-def read(half: str, *, once: bool = False) -> tuple[dict[str, Control], list[Row]]:
-    """Returns the scripts of a half and their watched runs, of the code now or the first look."""
-    known = {name: control for name, control in load().items() if control.half == half}
-    return known, current(read_rows(watched_path(half, KIND, once=once)), known)
+def read(lot: str, *, once: bool = False) -> tuple[dict[str, Control], list[Row]]:
+    """Returns the scripts of a lot and their watched runs, of the code now or the first look."""
+    known = {name: control for name, control in load().items() if control.lot == lot}
+    return known, current(read_rows(watched_path(lot, KIND, once=once)), known)
 
 
 def main() -> None:
@@ -75,19 +76,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     watching = commands.add_parser("watch", help="run all scripts under the tool")
-    watching.add_argument("--half", choices=HALVES, required=True)
+    watching.add_argument("--lot", choices=LOTS, required=True)
     watching.add_argument("--only", metavar="NAME", help="this script alone, such as c17")
     watching.add_argument("--seeds", type=int, default=SEEDS, help=f"default {SEEDS}")
     watching.add_argument("--jobs", type=int, default=1, help="runs at a time")
     watching.add_argument("--once", action="store_true", help="keep them as the first look")
     arguments = parser.parse_args()
-    half, once = arguments.half, arguments.once
-    known = {name: control for name, control in load().items() if control.half == half}
+    lot, once = arguments.lot, arguments.once
+    known = {name: control for name, control in load().items() if control.lot == lot}
     names = [n for n in known if arguments.only is None or n.startswith(arguments.only)]
-    path, code = watched_path(half, KIND, once=once), digest_of_code()
-    if once and any(row["code"] != code for row in read_rows(path).values()):
-        raise SystemExit(f"{path}: was judged by other code before; a first look is taken once")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, code = watched_path(lot, KIND, once=once), digest_of_code()
+    if once:
+        check_first_look(path, code)
     complete(path, names, arguments.seeds, watch, forms=HEALTHY, jobs=arguments.jobs, code=code)
     for row in current(read_rows(path), names):
         said = ", ".join(f"{f['source']} in {f['component']}" for f in row["findings"])

@@ -3,12 +3,11 @@
 ``python -m benchmarks.reproductions harm``
     trains every script with its mistake and with the thread's fix, twelve seeds each, unmonitored,
     and judges the pairs by the protocol of `diagnoser.benchmark.harm`; Holm's correction is over
-    the scripts of a half. Writes ``cases/reproductions/harm.json``.
-``python -m benchmarks.reproductions watch --half first``
+    the scripts of a lot. Writes ``cases/reproductions/harm.json``.
+``python -m benchmarks.reproductions watch --lot first``
     trains both forms under ``diagnoser run`` and keeps what it says, and whether the script printed
-    what it prints by itself.
-    The first look at the second half is kept apart, in ``judged-once``, and never made again.
-``python -m benchmarks.reproductions score --half first``
+    what it prints by itself; with ``--once`` where no later run overwrites it, as the first look.
+``python -m benchmarks.reproductions score --lot first``
     counts that (`reproductions_document`), prints it and writes ``docs/reproductions.md``.
 
 Finished runs are kept and not made again unless the script changed or, of watched ones, the code
@@ -33,6 +32,7 @@ from benchmarks.reproductions_runs import (
     FORMS,
     RUNS,
     Row,
+    check_first_look,
     complete,
     current,
     digest_of_code,
@@ -56,8 +56,8 @@ from diagnoser.rules.loading import CauseName, Text
 from diagnoser.rules.strict_yaml import Document, read_document
 
 HARM: Final = FOLDER / "harm.json"
-Half = Literal["first", "second"]
-HALVES: Final[tuple[Half, ...]] = get_args(Half)
+Lot = Literal["first", "second", "third"]
+LOTS: Final[tuple[Lot, ...]] = get_args(Lot)
 PAIRS: Final = 12
 Model = TypeVar("Model", bound=BaseModel)
 FLOOR: Final = (0.02, True)  # of the mean of the fixed runs: a smaller loss of score is no harm
@@ -72,7 +72,7 @@ class Reproduction(BaseModel):
     title: Text
     reference: Text
     thread: Text
-    half: Half
+    lot: Lot
     causes: Annotated[list[CauseName], Field(min_length=1)]
     components: list[Text]
     defect: bool
@@ -84,7 +84,7 @@ def load(folder: Path = FOLDER) -> tuple[dict[str, Reproduction], list[str]]:
     names |= {path.stem for path in folder.glob("*.yaml")}
     found: dict[str, Reproduction] = {}
     problems: list[str] = []
-    drawn = read_lot(folder / "LOT")
+    drawn = read_draw(folder / "LOT")
     for name in sorted(names):
         try:
             found[name] = _read(folder, name, drawn)
@@ -93,12 +93,12 @@ def load(folder: Path = FOLDER) -> tuple[dict[str, Reproduction], list[str]]:
     return found, problems
 
 
-def _read(folder: Path, name: str, drawn: Mapping[int, Half]) -> Reproduction:
+def _read(folder: Path, name: str, drawn: Mapping[int, Lot]) -> Reproduction:
     document, read = read_as(folder / f"{name}.yaml", Reproduction)
     if not name.startswith(f"r{read.row:02d}_"):
         raise document.error(("row",), f"row: the file of row {read.row} is r{read.row:02d}_*.yaml")
-    if drawn.get(read.row) != read.half:
-        raise document.error(("half",), f"half: LOT draws row {read.row} as {drawn.get(read.row)}")
+    if drawn.get(read.row) != read.lot:
+        raise document.error(("lot",), f"lot: LOT draws row {read.row} as {drawn.get(read.row)}")
     return read
 
 
@@ -121,11 +121,11 @@ def read_as(path: Path, kind: type[Model]) -> tuple[Document, Model]:
     return document, found
 
 
-def read_lot(path: Path) -> dict[int, Half]:
-    """Returns the half that each row was drawn into."""
+def read_draw(path: Path) -> dict[int, Lot]:
+    """Returns the lot that each row is of."""
     lines = [line.partition(":") for line in path.read_text(encoding="utf-8").splitlines()]
     parts = {head: rest.split() for head, _, rest in lines}
-    return {int(row): half for half in HALVES for row in parts[half]}
+    return {int(row): lot for lot in LOTS for row in parts.get(lot, ())}
 
 
 # -- harm ------------------------------------------------------------------------------------------
@@ -135,16 +135,16 @@ def judge_all(known: Mapping[str, Reproduction], rows: Iterable[Row]) -> dict[st
     """Returns the harm of every script of which there are runs, by name.
 
     A script is judged like a subject with one mistake, since the metrics of two scripts have no
-    common scale; p values are then corrected over all scripts of the half.
+    common scale; p values are then corrected over all scripts of the lot.
     """
     runs: dict[str, list[Row]] = {}
     for row in rows:
         if row["seed"] < PAIRS:
             runs.setdefault(row["script"], []).append(row)
     found: dict[str, Harm] = {}
-    for half in HALVES:
+    for lot in LOTS:
         raw: dict[str, Harm] = {}
-        for name in sorted(name for name in runs if known[name].half == half):
+        for name in sorted(name for name in runs if known[name].lot == lot):
             entry = Judged(*FORMS, name, "", "fault", "", "", "", "", tuple(range(PAIRS)))
             [harm] = judge([entry], _as_judged(runs[name]), {name: FLOOR})
             lost = [row for row in runs[name] if row["form"] == "faulty" and row["metric"] is None]
@@ -219,12 +219,13 @@ def main() -> None:
     watching = commands.add_parser("watch", help="run all scripts under the tool")
     scoring = commands.add_parser("score", help="count how often it is right")
     for command in (watching, scoring):
-        command.add_argument("--half", choices=(*HALVES, "all"), required=True)
+        command.add_argument("--lot", choices=(*LOTS, "all"), required=True)
     for command, seeds, jobs in ((harm, PAIRS, 2), (watching, 3, 1)):
         command.add_argument("--only", metavar="NAME", help="this script alone, such as r17")
         command.add_argument("--seeds", type=int, default=seeds, help=f"default {seeds}")
         command.add_argument("--jobs", type=int, default=jobs, help="runs at a time")
     watching.add_argument("--again", action="store_true", help="also the runs that are kept")
+    watching.add_argument("--once", action="store_true", help="keep them as the first look")
     harm.set_defaults(command=_harm)
     watching.set_defaults(command=_watch)
     scoring.set_defaults(command=_score)
@@ -245,8 +246,8 @@ def _chosen(known: Mapping[str, Reproduction], only: str | None) -> list[str]:
     return names
 
 
-def _halves(half: str) -> tuple[str, ...]:
-    return HALVES if half == "all" else (half,)
+def _lots(lot: str) -> tuple[str, ...]:
+    return LOTS if lot == "all" else (lot,)
 
 
 def _harm(arguments: argparse.Namespace, known: Mapping[str, Reproduction]) -> None:
@@ -264,11 +265,13 @@ def _harm(arguments: argparse.Namespace, known: Mapping[str, Reproduction]) -> N
 
 
 def _watch(arguments: argparse.Namespace, known: Mapping[str, Reproduction]) -> None:
-    halves = _halves(arguments.half)
-    names = _chosen({n: r for n, r in known.items() if r.half in halves}, arguments.only)
-    for half in halves:
-        own = [name for name in names if known[name].half == half]
-        path, code = watched_path(half), digest_of_code()
+    lots = _lots(arguments.lot)
+    names = _chosen({n: r for n, r in known.items() if r.lot in lots}, arguments.only)
+    for lot in lots:
+        own = [name for name in names if known[name].lot == lot]
+        path, code = watched_path(lot, once=arguments.once), digest_of_code()
+        if arguments.once:
+            check_first_look(path, code)
         complete(
             path, own, arguments.seeds, watch, jobs=arguments.jobs, code=code, again=arguments.again
         )
@@ -282,7 +285,7 @@ def _score(arguments: argparse.Namespace, _: Mapping[str, Reproduction]) -> None
     from benchmarks import reproductions_document, tables
 
     for name, look in reproductions_document.LOOKS.items():
-        if look.half in _halves(arguments.half):
+        if look.lot in _lots(arguments.lot):
             print(reproductions_document.figures([name]))
             print(f"\n{reproductions_document.scripts(name)}\n")
     path = reproductions_document.DOCUMENT

@@ -1,6 +1,6 @@
 """The tables of ``docs/reproductions.md``, from the kept runs and ``harm.json`` (see `tables`).
 
-As long as nothing of a half was watched there are none, and every block says so.
+As long as nothing of a lot was watched there are none, and every block says so.
 """
 
 from __future__ import annotations
@@ -16,29 +16,30 @@ from typing import Any, Final
 
 from benchmarks import controls, odd_controls
 from benchmarks.ablation_document import table
-from benchmarks.reproductions import HARM, Half, Reproduction, load
+from benchmarks.reproductions import HARM, Lot, Reproduction, load
 from benchmarks.reproductions_runs import PUBLISHED, ROOT, Row, current, read_rows, watched_path
 from diagnoser.benchmark.intervals import wilson
 from diagnoser.classifier import to_blame
 
 DOCUMENT: Final = ROOT / "docs" / "reproductions.md"
-NOT_YET: Final = "Not there yet: nothing of this half has been watched."
+NOT_YET: Final = "Not there yet: nothing of this lot has been watched."
 TOP: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Watched runs of a half: of the code now, or of the first look at it."""
+    """Watched runs of a lot: of the code now, or of the first look at it."""
 
     title: str
-    half: Half
+    lot: Lot
     once: bool
 
 
 LOOKS: Final[Mapping[str, Look]] = {
-    "first": Look("first half", "first", once=False),
-    "second": Look("second half, judged once", "second", once=True),
-    "mended": Look("second half, mended since", "second", once=False),
+    "first": Look("first lot", "first", once=False),
+    "second": Look("second lot, judged once", "second", once=True),
+    "mended": Look("second lot, mended since", "second", once=False),
+    "third": Look("third lot, judged once", "third", once=True),
 }
 
 
@@ -128,15 +129,15 @@ def _is_alarm(row: Row) -> bool:
 
 
 def read(look: str) -> tuple[dict[str, Reproduction], dict[str, Row], list[Row]]:
-    """Returns the scripts of a half, the harm of all, and the watched runs of these scripts."""
-    half, once = LOOKS[look].half, LOOKS[look].once
-    known = {name: expected for name, expected in load()[0].items() if expected.half == half}
+    """Returns the scripts of a lot, the harm of all, and the watched runs of these scripts."""
+    lot, once = LOOKS[look].lot, LOOKS[look].once
+    known = {name: expected for name, expected in load()[0].items() if expected.lot == lot}
     harms = json.loads(HARM.read_text(encoding="utf-8")) if HARM.exists() else {}
-    return known, harms, current(read_rows(watched_path(half, once=once)), known)
+    return known, harms, current(read_rows(watched_path(lot, once=once)), known)
 
 
 def figures(looks: Iterable[str] = LOOKS) -> str:
-    """How often the diagnosis is right, a column a look at a half, and what it was counted on."""
+    """How often the diagnosis is right, a column a look at a lot, and what it was counted on."""
     columns: dict[str, dict[str, Share | None]] = {}
     notes = []
     for look in looks:
@@ -194,7 +195,7 @@ def counted(
 
 
 def scripts(look: str) -> str:
-    """What is said of every script of a half."""
+    """What is said of every script of a lot."""
     known, harms, rows = read(look)
     if not rows:
         return NOT_YET
@@ -250,10 +251,10 @@ def _plain(text: str) -> str:
 
 
 def healthy() -> str:
-    """How often healthy scripts are called faulty, a line a look at a half, a column a judge."""
+    """How often healthy scripts are called faulty, a line a look at a lot, a column a judge."""
     lines = []
     for look in LOOKS.values():
-        known, rows = controls.read(look.half, once=look.once)
+        known, rows = controls.read(look.lot, once=look.once)
         if not rows:
             continue
         learnt = sum(controls.is_learnt(row, known[row["script"]]) for row in rows)
@@ -268,7 +269,7 @@ def alarms() -> str:
     """Which healthy scripts are called faulty, and what is said of them."""
     lines = []
     for look in LOOKS.values():
-        known, rows = controls.read(look.half, once=look.once)
+        known, rows = controls.read(look.lot, once=look.once)
         for name, control in known.items():
             own = [r for r in rows if r["script"] == name and controls.is_learnt(r, control)]
             alarmed = [row for row in own if _is_alarm(row)]
@@ -314,7 +315,7 @@ def _source(finding: str) -> str:
 
 
 def summary() -> str:
-    """What came of both second halves when they were judged once, in words."""
+    """What came of both second lots when they were judged once, in words."""
     known, harms, rows = read("second")
     found = shares(known, harms, rows)
     controls_known, controls_rows = controls.read("second", once=True)

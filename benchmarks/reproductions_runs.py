@@ -33,7 +33,7 @@ ROOT: Final = Path(__file__).parents[1]
 FOLDER: Final = ROOT / "cases" / "reproductions"
 CONTROLS: Final = ROOT / "cases" / "controls"
 RESULTS: Final = ROOT / "benchmarks" / "results"
-# What was said when a half was first opened, which no later run may overwrite.
+# What was said when a lot was first opened, which no later run may overwrite.
 JUDGED_ONCE: Final = RESULTS / "judged-once"
 RUNS: Final = RESULTS / "reproductions-runs.json"
 PUBLISHED: Final = tuple(family for family in FAMILIES if family not in DEFAULT_FAMILIES)
@@ -199,9 +199,20 @@ def digest_of_code() -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
-def watched_path(half: str, kind: str = "reproductions", *, once: bool = False) -> Path:
-    """Returns where the watched runs of a half are kept, of the code now or of the first look."""
-    return (JUDGED_ONCE if once else RESULTS) / f"{kind}-watched-{half}.json"
+def watched_path(lot: str, kind: str = "reproductions", *, once: bool = False) -> Path:
+    """Returns where the watched runs of a lot are kept, of the code now or of the first look."""
+    return (JUDGED_ONCE if once else RESULTS) / f"{kind}-watched-{lot}.json"
+
+
+def check_first_look(path: Path, code: str) -> None:
+    """Sees to it that what a lot was judged as at first is the work of one code.
+
+    Raises:
+        SystemExit: Other code has judged it before.
+    """
+    if any(row["code"] != code for row in read_rows(path).values()):
+        raise SystemExit(f"{path}: was judged by other code before; a first look is taken once")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def read_rows(path: Path) -> dict[Key, Row]:

@@ -230,6 +230,32 @@ def test_masks_are_read_in_the_order_of_the_weights(fill, leaks):
     assert numbers(found, "masked_rows") == [0.0]
 
 
+class Where(nn.Module):
+    """Masks written with the value that hides in the first place, as tensors of one value."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x, padded):
+        scores = self.query(x) @ self.key(x).transpose(1, 2) / WIDTH**0.5
+        low = torch.full_like(scores, -(2.0**32) + 1)
+        scores = torch.where(padded[:, None, :], low, scores)
+        later = torch.ones(LENGTH, LENGTH).triu(1) == 1
+        return torch.where(later, low, scores).softmax(-1) @ self.value(x)
+
+
+def test_a_value_that_hides_is_not_taken_for_the_scores():
+    torch.manual_seed(0)
+    model, x = Where(), torch.randn(3, LENGTH, WIDTH)
+    padded = torch.arange(LENGTH) < torch.tensor([[4], [2], [0]])  # on the left
+    output = model(x, padded)
+    found = checked(model, x, padded, loss=output.square().mean(), output=output)
+    assert numbers(found, "mask_leak") == [0.0]
+    assert numbers(found, "mask_margin")[0] > 1e6
+    assert numbers(found, "attention_scale") == [pytest.approx(1.0)]
+
+
 class OffByOne(nn.Module):
     """A softmax by hand with one more logit of zero: weights sum to less than one."""
 
@@ -480,6 +506,30 @@ def test_positions_that_begin_as_zeros_are_not_without_effect_yet():
     assert found.unknown["positions_unused"] == "positions are learned, and still zero"
 
 
+class GivenPositions(Classifier):
+    """Codes of positions come with the input, as those of the nodes of a graph do."""
+
+    def __init__(self):
+        super().__init__("no positions")
+        del self.positions
+        self.pos_enc = nn.Linear(4, WIDTH)
+        self.content = nn.Linear(5, WIDTH)
+
+    def forward(self, x, codes):
+        padded = torch.zeros(x.shape[:2], dtype=torch.bool)
+        x = self.content(x) + self.pos_enc(codes)
+        for block in self.blocks:
+            x = block(x, padded)
+        return self.head(x.mean(1))
+
+
+def test_positions_that_are_given_are_not_without_effect():
+    torch.manual_seed(0)
+    x, codes = torch.randn(6, LENGTH, 5), torch.randn(6, LENGTH, 4)
+    found = checked(GivenPositions(), x, codes, target=torch.arange(6) % CLASSES)
+    assert found.unknown["positions_unused"].startswith("positions are among the inputs")
+
+
 def test_what_padding_holds_has_no_influence_behind_a_mask():
     assert numbers(classified("pooled padding"), "padding_influence")[0] > 0.05
     assert numbers(classified("unmasked"), "padding_influence")[0] > 0.05
@@ -589,6 +639,53 @@ def test_the_future_is_hidden_from_a_model_of_the_next_input():
     assert numbers(hides, "future_weight") == [0.0, 0.0]
     assert numbers(hides, "future_influence") == [0.0]
     assert numbers(hides, "needless_causal") == []
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2])
+def test_targets_are_the_inputs_of_a_later_position(shift):
+    torch.manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (8, LENGTH))
+    scores = (model := LanguageModel(causal=True))(tokens)
+    kept = scores[:, : LENGTH - shift].flatten(0, 1)
+    loss = F.cross_entropy(kept, tokens[:, shift:].flatten())
+    assert numbers(checked(model, tokens, loss=loss, output=scores), "target_shift") == [shift]
+
+
+def test_targets_that_are_no_inputs_have_no_shift():
+    torch.manual_seed(0)
+    tokens, other = torch.randint(VOCABULARY, (2, 8, LENGTH))
+    scores = (model := LanguageModel(causal=True))(tokens)
+    loss = F.cross_entropy(scores.flatten(0, 1), other.flatten())
+    assert numbers(checked(model, tokens, loss=loss, output=scores), "target_shift") == []
+    same = torch.full_like(tokens, 3)  # looks alike at every shift
+    loss = F.cross_entropy(model(same).flatten(0, 1), same.flatten())
+    assert numbers(checked(model, same, loss=loss, output=scores), "target_shift") == []
+
+
+class Coded(LanguageModel):
+    """Adds the embedding of a code to each position."""
+
+    def __init__(self, code):
+        super().__init__(causal=True)
+        self.code = code
+        self.pos_embedding = nn.Embedding(LENGTH, WIDTH)
+
+    def forward(self, tokens):
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        x = self.embedding(tokens) + self.pos_embedding(self.code)
+        return self.head(self.encoder(x, mask=mask))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_causal_mask_does_not_make_up_for_positions_that_are_all_the_same(same):
+    torch.manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (8, LENGTH))
+    model = Coded(torch.arange(LENGTH) * (not same))
+    scores = model(tokens)
+    loss = F.cross_entropy(scores[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    found = checked(model, tokens, loss=loss, output=scores)
+    assert numbers(found, "positions_unused") == [float(same)]
+    assert numbers(found, "position_share") == []
 
 
 class Translator(nn.Module):
@@ -802,6 +899,62 @@ def test_branches_that_begin_as_nothing_or_have_a_gain_need_no_norm(design, miss
     assert numbers(found, "norm_missing") == [0.0] * 3
 
 
+class Doubled(nn.Module):
+    """Adds what attention gives to itself, or to its input."""
+
+    def __init__(self, doubled):
+        super().__init__()
+        self.doubled = doubled
+        self.attentions = nn.ModuleList(
+            nn.MultiheadAttention(WIDTH, 4, batch_first=True) for _ in range(2)
+        )
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        for attention in self.attentions:
+            mixed = F.dropout(attention(x, x, x)[0], 0.1, self.training)
+            x = mixed + (mixed if self.doubled else x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_what_is_added_to_itself_does_not_go_around(doubled):
+    torch.manual_seed(0)
+    x, target = torch.randn(6, 5, WIDTH), torch.arange(6) % CLASSES
+    found = checked(Doubled(doubled), x, target=target)
+    assert numbers(found, "added_to_itself") == [float(doubled)] * 2
+
+
+class TwoParts(nn.Module):
+    """A decoder that attends to its encoder, or to itself once more."""
+
+    def __init__(self, memory):
+        super().__init__()
+        self.memory = memory
+        self.encoder, self.own, self.cross = (
+            nn.MultiheadAttention(WIDTH, 4, batch_first=True) for _ in range(3)
+        )
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, source, x):
+        memory = self.encoder(source, source, source)[0]
+        x = x + self.own(x, x, x)[0]
+        keys = memory if self.memory else x
+        return {"scores": self.head((x + self.cross(x, keys, keys)[0]).mean(1))}
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_an_attention_that_nothing_depends_on_is_unused(memory):
+    torch.manual_seed(0)
+    source, x = torch.randn(2, 6, 5, WIDTH)
+    model, target = TwoParts(memory), torch.arange(6) % CLASSES
+    output = model(source, x)
+    loss = F.cross_entropy(output["scores"], target)
+    found = checked(model, source, x, loss=loss, output=output)
+    unused = {r.component: r.estimate.value for r in found.rows if r.quantity == "attention_unused"}
+    assert unused == {"encoder": float(not memory), "own": 0.0, "cross": 0.0}
+
+
 class Refined(nn.Module):
     """Two attentions of different purpose, none with a sum around it."""
 
@@ -886,6 +1039,18 @@ def test_targets_of_a_regression_have_a_scale_and_no_gradient():
     assert numbers(regression(torch.randn(16, 1) * 300), "target_scale")[0] > 100
     assert numbers(regression(torch.ones(16, 1)), "target_constant") == [1.0]
     assert numbers(regression(torch.randn(16, 1)), "target_constant") == [0.0]
+
+
+def test_predictions_and_targets_of_differing_shape_are_compared_all_with_all():
+    torch.manual_seed(0)
+    model, x, target = nn.Linear(4, 1), torch.randn(16, 4), torch.randn(16)
+    output = model(x)
+    wrong = LossCall("mse_loss", output, target, {}, None, None)
+    right = LossCall("mse_loss", output[:, 0], target, {}, None, None)
+    for call, broadcast in ((wrong, 1.0), (right, 0.0)):
+        loss = F.mse_loss(*torch.broadcast_tensors(call.scores, target))
+        found = checked(model, x, loss=loss, output=output, losses=[call])
+        assert numbers(found, "loss_broadcast") == [broadcast]
 
 
 def test_targets_that_are_nan_have_no_scale():

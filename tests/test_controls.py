@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import controls, odd_controls, reproductions_document, reproductions_runs
 from benchmarks.controls import is_learnt, load
-from benchmarks.reproductions import HALVES, read_lot
+from benchmarks.reproductions import LOTS, read_draw
 from benchmarks.reproductions_runs import CONTROLS, complete, read_rows, words
 from diagnoser.errors import RuleError
 
@@ -17,7 +17,7 @@ GOOD = """\
 number: 4
 title: slot attention
 reference: Locatello et al. 2020
-half: first
+lot: first
 baseline: 0.1
 odd: nothing
 """
@@ -34,21 +34,21 @@ def folder(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_every_script_has_its_file_and_the_half_that_was_drawn():
+def test_every_script_has_its_file_and_the_lot_that_was_drawn():
     known = load()
     assert {f"{name}.py" for name in known} == {path.name for path in CONTROLS.glob("*.py")}
     numbers = [control.number for control in known.values()]
     assert len(numbers) == len(set(numbers))
-    drawn = read_lot(CONTROLS / "LOT")
-    assert sorted(drawn) == list(range(1, 73))
-    assert [list(drawn.values()).count(half) for half in HALVES] == [36, 36]
+    drawn = read_draw(CONTROLS / "LOT")
+    assert sorted(drawn) == list(range(1, 103))
+    assert [list(drawn.values()).count(lot) for lot in LOTS] == [36, 36, 30]
 
 
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
         ("number: 4", "number: 3", "1:9: number: c04_slots is not of 3"),
-        ("half: first", "half: second", "4:7: half: LOT draws it as first"),
+        ("lot: first", "lot: second", "4:6: lot: LOT draws it as first"),
         ("baseline: 0.1", "baseline: low", "5:11: baseline: Input should be a valid number"),
         ("odd: nothing", "", "odd: Field required"),
     ],
@@ -86,24 +86,24 @@ def said(script, seed, verdict, metric=0.9):
 
 
 def test_a_run_that_does_not_learn_is_no_control_and_alarms_are_counted_by_script(monkeypatch):
-    known = {name: controls.Control(number=4, title="slots", reference="b", half="first",
+    known = {name: controls.Control(number=4, title="slots", reference="b", lot="first",
                                     baseline=0.1, odd="c") for name in ("a", "b")}  # fmt: skip
     rows = [said("a", 0, "faulty"), said("a", 1, "healthy"), said("b", 0, "healthy"),
             said("b", 1, "faulty", metric=0.1), said("b", 2, "faulty", metric=None)]  # fmt: skip
     assert [is_learnt(row, known[row["script"]]) for row in rows] == [True] * 3 + [False] * 2
     nothing = ({}, [])
     looks = {("first", False): (known, rows)}
-    monkeypatch.setattr(controls, "read", lambda half, once: looks.get((half, once), nothing))
+    monkeypatch.setattr(controls, "read", lambda lot, once: looks.get((lot, once), nothing))
     [line] = reproductions_document.healthy().splitlines()[2:]
-    assert line.startswith("| first half | 3 of 5 | 0.25 [")
+    assert line.startswith("| first lot | 3 of 5 | 0.25 [")
     assert line.endswith("0.00 [0.00, 0.66], 2 |")
     last = reproductions_document.alarms().splitlines()[-1]
-    assert last == r"| first half | 4 | slots | 1 of 2 | check:x in a\_b |"
+    assert last == r"| first lot | 4 | slots | 1 of 2 | check:x in a\_b |"
 
 
 @pytest.mark.parametrize("look", reproductions_document.LOOKS.values(), ids=lambda look: look.title)
 def test_all_kept_runs_learn_and_print_what_they_print_unwatched(look):
-    known, rows = controls.read(look.half, once=look.once)
+    known, rows = controls.read(look.lot, once=look.once)
     assert [row["script"] for row in rows if not is_learnt(row, known[row["script"]])] == []
     assert [row["script"] for row in rows if not row["same_output"]] == []
 

@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from benchmarks import reproductions_document, reproductions_runs, tables
 from benchmarks.reproductions import (
     HARM,
+    LOTS,
     PAIRS,
     Reproduction,
     judge_all,
     load,
-    read_lot,
+    read_draw,
     summarised,
 )
-from benchmarks.reproductions_document import counted, is_placed, share, shares
+from benchmarks.reproductions_document import LOOKS, counted, is_placed, share, shares
 from benchmarks.reproductions_runs import (
     FOLDER,
     FORMS,
@@ -38,7 +39,7 @@ row: 17
 title: attention weights that sum to one over the batch
 reference: someone/something#2
 thread: What it reports.
-half: first
+lot: first
 causes: [softmax_axis]
 components: [attention, attention.q]
 defect: true
@@ -52,7 +53,7 @@ def expected(**changes) -> Reproduction:
         "title": "a",
         "reference": "b#1",
         "thread": "c",
-        "half": "first",
+        "lot": "first",
         "causes": ["softmax_axis"],
         "components": ["attention"],
         "defect": False,
@@ -73,20 +74,20 @@ def folder(tmp_path: Path, monkeypatch) -> Path:
 # -- files -----------------------------------------------------------------------------------------
 
 
-def test_every_script_has_its_file_and_the_half_that_was_drawn():
+def test_every_script_has_its_file_and_the_lot_that_was_drawn():
     known, problems = load()
     assert problems == []
     assert {f"{name}.py" for name in known} == {path.name for path in FOLDER.glob("*.py")}
     assert {f"{name}.yaml" for name in known} == {path.name for path in FOLDER.glob("*.yaml")}
-    drawn = read_lot(FOLDER / "LOT")
+    drawn = read_draw(FOLDER / "LOT")
     rows = [script.row for script in known.values()]
     assert len(rows) == len(set(rows))
-    assert all(script.half == drawn[script.row] for script in known.values())
+    assert all(script.lot == drawn[script.row] for script in known.values())
 
 
-def test_the_lot_has_41_rows():
-    halves = list(read_lot(FOLDER / "LOT").values())
-    assert (halves.count("first"), halves.count("second")) == (20, 21)
+def test_every_row_is_of_one_lot():
+    lots = list(read_draw(FOLDER / "LOT").values())
+    assert [lots.count(lot) for lot in LOTS] == [20, 21, 14]
 
 
 def test_a_good_file_is_read(folder):
@@ -101,8 +102,8 @@ def test_a_good_file_is_read(folder):
     [
         ("row: 17", "row: '17'", "1:6: row: Input should be a valid integer"),
         ("row: 17", "row: 1", "1:6: row: the file of row 1 is r01_*.yaml"),
-        ("half: first", "half: second", "5:7: half: LOT draws row 17 as first"),
-        ("half: first", "half: third", "5:7: half: Input should be 'first' or 'second'"),
+        ("lot: first", "lot: second", "5:6: lot: LOT draws row 17 as first"),
+        ("lot: first", "lot: fourth", "5:6: lot: Input should be 'first', 'second' or 'third'"),
         (
             "softmax_axis",
             "softmax_axes",
@@ -258,7 +259,7 @@ def pairs(name, faulty, fixed=None, **changes):
 
 
 FIXED = [0.9 + 0.001 * (seed % 3) for seed in range(PAIRS)]
-KNOWN = {"a": expected(), "b": expected(half="second")}
+KNOWN = {"a": expected(), "b": expected(lot="second")}
 
 
 @pytest.mark.parametrize(
@@ -456,8 +457,8 @@ def test_the_document_shows_what_was_kept(monkeypatch):
         *(said("a", "faulty", 1), said("a", "fixed", 0), said("a", "fixed", 1)),
     ]
     nothing = ({}, {}, [])
-    kept = {"first": (known, {"a": PROVEN}, rows), "second": nothing, "mended": nothing}
-    monkeypatch.setattr(reproductions_document, "read", kept.get)
+    kept = {"first": (known, {"a": PROVEN}, rows)}
+    monkeypatch.setattr(reproductions_document, "read", lambda look: kept.get(look, nothing))
     line = reproductions_document.scripts("first").splitlines()[-1]
     assert line == (
         r"| 17 | one \| two | b#1 | proven (+0.2), defect | 1 faulty, 1 healthy | "
@@ -468,13 +469,11 @@ def test_the_document_shows_what_was_kept(monkeypatch):
     assert "| called faulty | 0.50 [0.05, 0.95], 1 |" in text
     assert "| false alarms | 0.00 [0.00, 0.79], 1 |" in text
     assert "4 runs of 1 scripts, judged by code `abc`. 4 runs printed" in text
-    assert "The second half, judged once: not there yet" in text
+    assert "The second lot, judged once: not there yet" in text
 
 
 def test_the_document_is_one_that_is_held_against_the_results():
     blocks = tables.DOCUMENTS[reproductions_document.DOCUMENT]
     assert blocks is reproductions_document.BLOCKS
-    looks = {
-        f"{look} {what}" for look in ("first", "second", "mended") for what in ("judges", "scripts")
-    }
+    looks = {f"{look} {what}" for look in LOOKS for what in ("judges", "scripts")}
     assert set(blocks) == {"figures", "healthy", "alarms", "odd", *looks}

@@ -46,10 +46,12 @@ CHECKS: Final[Mapping[str, Check]] = {
     "scores-into-loss": Check(
         objective.scores_into_loss, ("not_log_probabilities", "target_gradient")
     ),
-    "labels-in-input": Check(objective.labels_in_input, ("labels_in_input",)),
+    "labels-in-input": Check(objective.labels_in_input, ("labels_in_input", "target_shift")),
     "padded-targets": Check(objective.padded_targets, ("padded_target_share",)),
     "target-values": Check(objective.target_values, ("targets_outside", "smoothed_padding")),
-    "regression-targets": Check(objective.regression_targets, ("target_scale", "target_constant")),
+    "regression-targets": Check(
+        objective.regression_targets, ("target_scale", "target_constant", "loss_broadcast")
+    ),
     "inputs": Check(
         objective.inputs,
         (
@@ -85,7 +87,10 @@ CHECKS: Final[Mapping[str, Check]] = {
     ),
     "head-layout": Check(wiring.head_layout, ("scrambled_heads",)),
     "norms": Check(structure.norms, ("norm_missing", "norms_absent")),
-    "residuals": Check(structure.residuals, ("residual_missing", "residuals_absent")),
+    "residuals": Check(
+        structure.residuals, ("residual_missing", "residuals_absent", "added_to_itself")
+    ),
+    "effect": Check(structure.effect, ("attention_unused",)),
     "residual-source": Check(structure.residual_source, ("residual_normalised",)),
     "streams": Check(structure.streams, ("updated_stream",)),
     "growth": Check(structure.growth, ("activation_growth",)),
@@ -149,6 +154,8 @@ WHY: Final[Mapping[str, str]] = {
     "head_similarity": "attention has one head",
     "scrambled_heads": "the scores of attention were not seen",
     "tied_elsewhere": "no matrix belongs to the model",
+    "target_shift": "targets are not the inputs of other positions",
+    "loss_broadcast": "no regression is the loss",
     "targets_outside": "no binary cross-entropy is the loss",
     "smoothed_padding": "no loss compares with distributions over tokens",
     "twin_units": "units are compared at the first step alone",

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ KEEPS_SIZE = frozenset({"constant_pad_nd", "native_dropout", "masked_fill", "whe
 CONVOLUTIONS = frozenset({"convolution", "mkldnn_convolution", "mkldnn_rnn_layer"})
 MOST_LABELS = 4096
 LEAST_LABELS = 8
+MOST_SHIFT = 2
 REGRESSION = ("mse", "l1", "smooth_l1", "huber")
 
 
@@ -96,7 +98,9 @@ def labels_in_input(seen: Seen, found: Found) -> None:
     """Finds labels that are part of the input.
 
     ``labels_in_input``: share of counted targets that equal the input of the same position: 1 where
-    the labels of a language model were not shifted.
+    the labels of a language model were not shifted. ``target_shift``: by how many positions targets
+    are ahead of inputs, where nearly all of them are: 2 where labels were shifted twice, by the
+    script and by a model that does so itself.
 
     Source: TransformerLens#1607, benchmark operator L3.
     Cannot see: leaks through anything but the integers that are embedded.
@@ -105,6 +109,9 @@ def labels_in_input(seen: Seen, found: Found) -> None:
     loss = _loss_with_target(seen, "nll")
     target = loss.target
     assert target is not None
+    shifts = [_shift(tokens, own) for own in seen.losses for tokens in seen.token_inputs]
+    if any(shift is not None for shift in shifts):
+        found.run("target_shift", min(shift for shift in shifts if shift is not None))
     for tokens in seen.token_inputs:
         if tokens.numel() == target.numel() and tokens.shape[-1] > 1 and len(distinct(tokens)) > 2:
             same = tokens.reshape(-1) == target.reshape(-1)
@@ -114,6 +121,30 @@ def labels_in_input(seen: Seen, found: Found) -> None:
                 found.run("labels_in_input", float(same.float().mean()))
                 return
     raise MeasurementError("no integer input has a label at each position")
+
+
+def _shift(tokens: Tensor, loss: Loss) -> int | None:
+    """Returns by how many positions the targets of a loss are ahead of some tokens, if they are."""
+    target = loss.target
+    if target is None or target.is_floating_point() or loss.kind != "nll":
+        return None
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    n, length = rows.shape
+    if target.numel() % n or not length - MOST_SHIFT <= target.numel() // n <= length:
+        return None
+    wanted = target.reshape(n, -1)
+    shares: dict[int, float] = {}
+    for shift in range(MOST_SHIFT + 1):
+        known = min(length - shift, wanted.shape[1])
+        own, ahead = wanted[:, :known], rows[:, shift : shift + known]
+        same = (own == ahead)[own != loss.ignored] if loss.ignored is not None else own == ahead
+        if same.numel() >= LEAST_LABELS:
+            shares[shift] = float(same.float().mean())
+    best = max(shares, key=lambda shift: shares[shift], default=None)
+    others = [share for shift, share in shares.items() if shift != best]
+    if best is None or shares[best] < 0.95 or max(others, default=0.0) > 0.8:
+        return None  # repeated tokens look alike at every shift
+    return best
 
 
 def _entropy(counts: list[int]) -> float:
@@ -182,12 +213,21 @@ def regression_targets(seen: Seen, found: Found) -> None:
     """Finds regression targets out of scale, or constant.
 
     ``target_scale``: the larger of absolute mean and standard deviation of the targets of a
-    regression; ``target_constant``: 1 where all targets seen are the same.
+    regression; ``target_constant``: 1 where all targets seen are the same. ``loss_broadcast``: 1
+    where predictions and targets differ in shape such that each is compared with several, as
+    (n, 1) and (n,) are.
 
-    Source: benchmark operator D3; DeepDiagnosis (output range).
+    Source: benchmark operator D3; DeepDiagnosis (output range); torch's warning of target sizes.
     Cannot see: targets that are scaled inside a loss of one's own.
     Costs: two sums.
     """
+    for call in seen.calls.losses:
+        if call.name.removesuffix("_loss") in REGRESSION:
+            shapes = tuple(call.scores.shape), tuple(call.target.shape)
+            compared = math.prod(np.broadcast_shapes(*shapes))
+            found.run("loss_broadcast", float(compared > max(map(math.prod, shapes))))
+            found.place("loss", call.place)
+            break
     loss = _loss_with_target(seen, *REGRESSION)
     assert loss.target is not None
     target = loss.target.detach().float().reshape(-1)[:MOST_LABELS]

@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from diagnoser.checks.calls import changed
 from diagnoser.checks.masks import next_inputs
-from diagnoser.checks.reading_attention import find_attentions
+from diagnoser.checks.reading_attention import Attention, find_attentions
 from diagnoser.checks.seen import Found, Seen, first_float
 from diagnoser.checks.trace import PRODUCTS, Trace
 from diagnoser.errors import MeasurementError
@@ -167,17 +167,9 @@ def order_blind(seen: Seen, found: Found) -> None:
     (relative biases, rotations): where there are any, it is not measured.
     Costs: one forward.
     """
-    attention = next((a for _, a in seen.attentions if a.is_self and a.query is not None), None)
-    real = None if attention is None else attention.query
-    if attention is None or real is None:
-        raise MeasurementError("no self-attention in the model's forward")
-    if attention.weights.shape[-1] < 3:
-        raise MeasurementError("self-attention over two positions")
-    if _is_one_set(seen):
-        raise MeasurementError("what is given is one set: its members have no positions")
-    if attention.hidden is not None and _sees_no_later(attention.weights):
-        raise MeasurementError("a causal mask tells positions apart by itself")
-    real = real.float()
+    attention, causal = _with_positions(seen)
+    assert attention.query is not None
+    real = attention.query.float()
 
     def constant(tensor: Tensor) -> Tensor:
         if tensor.dtype == torch.bool or tensor.ndim < 2:
@@ -218,9 +210,10 @@ def order_blind(seen: Seen, found: Found) -> None:
         if unmasked.numel() and float(unmasked.abs().max()) > 1e-3:
             raise MeasurementError("positions enter through the scores of attention")
     share = ratio if ratio > NOISE else 0.0
-    if share == 0.0 and _positions_are_zero(seen.main.module):
-        raise MeasurementError("positions are learned, and still zero")
-    found.run("position_share", share)
+    if share == 0.0:
+        _refuse_unseen_positions(seen)
+    if not causal:
+        found.run("position_share", share)
     found.run("positions_unused", share == 0.0 and _has_positions(seen.main.module))
     found.place("model", seen.main.place)
 
@@ -231,11 +224,33 @@ def _has_positions(module: nn.Module) -> bool:
     return any(POSITIONS.search(name) for name in names)
 
 
-def _positions_are_zero(module: nn.Module) -> bool:
-    return any(
-        POSITIONS.search(name) and not bool(parameter.any())
-        for name, parameter in module.named_parameters()
-    )
+def _with_positions(seen: Seen) -> tuple[Attention, bool]:
+    """Returns the first attention that is to tell positions apart, and whether it is causal."""
+    attention = next((a for _, a in seen.attentions if a.is_self and a.query is not None), None)
+    if attention is None:
+        raise MeasurementError("no self-attention in the model's forward")
+    if attention.weights.shape[-1] < 3:
+        raise MeasurementError("self-attention over two positions")
+    if _is_one_set(seen):
+        raise MeasurementError("what is given is one set: its members have no positions")
+    causal = attention.hidden is not None and _sees_no_later(attention.weights)
+    if causal and not _has_positions(seen.main.module):
+        raise MeasurementError("a causal mask tells positions apart by itself")
+    return attention, causal
+
+
+def _refuse_unseen_positions(seen: Seen) -> None:
+    """Raises where positions have no effect yet, or are multiplied out of an input (of a graph)."""
+    trace = seen.trace
+    named = [tensor for name, tensor in seen.parameters.items() if POSITIONS.search(name)]
+    if any(not bool(tensor.any()) for tensor in named):
+        raise MeasurementError("positions are learned, and still zero")
+    own = set(map(id, named))
+    for operation in trace.named(*PRODUCTS):
+        behind = [trace.given_behind(operation, i) for i in range(len(operation.inputs))]
+        ids = {id(tensor) for tensor in behind if tensor is not None}
+        if ids & own and ids & (seen.given - own):
+            raise MeasurementError("positions are among the inputs, which were made alike")
 
 
 def _sees_no_later(weights: Tensor) -> bool:

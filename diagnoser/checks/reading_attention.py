@@ -380,10 +380,14 @@ def _order(result: Tensor, axis: int, weights: Tensor) -> tuple[int, ...]:
 def _bearing(step: Operation) -> int:
     """Returns which input of an operation carries the scores: the first of floats that is largest.
 
-    Masks are smaller, or no floats.
+    Masks are smaller, no floats, or one value everywhere.
     """
     sizes = [x.numel() if x.is_floating_point() else -1 for x in step.inputs]
-    return max(range(len(sizes)), key=lambda i: (sizes[i], -i))
+    largest = [i for i, size in enumerate(sizes) if size == max(sizes)]
+    if len(largest) > 1:
+        varied = [i for i in largest if bool((step.inputs[i] != step.inputs[i].flatten()[0]).any())]
+        largest = varied or largest
+    return largest[0]
 
 
 def _hidden_by(step: Operation, position: int) -> Tensor:

@@ -125,12 +125,16 @@ def residuals(seen: Seen, found: Found) -> None:
     ``residual_missing``: 1 where nothing that a self-attention was computed from is added to what
     it gives before that is attended to again, although another attention of the model has such a
     sum. ``residuals_absent``: 1 where no attention has, and two layers of one list follow each
-    other: networks that end sooner, or pool, do without.
+    other: networks that end sooner, or pool, do without. ``added_to_itself``: 1 where what it gives
+    is, where its input was meant.
 
     Source: DEFault++ RRS, benchmark operator N3.
     Cannot see: models of one layer; other ways around (concatenation counts as one).
     Costs: nothing beyond the trace.
     """
+    found.components(
+        "added_to_itself", [(n, float(_is_doubled(seen, a))) for n, a in seen.attentions]
+    )
     layers = _layers(seen, [(n, a) for n, a in seen.attentions if a.width > 1])
     around = [_residual(seen, layer, layer.end(layers, seen)) is not None for layer in layers]
     stacked = any(
@@ -143,6 +147,37 @@ def residuals(seen: Seen, found: Found) -> None:
     none = stacked and not any(around)
     found.components("residual_missing", [(n, float(any(around) and not has)) for n, has in told])
     found.components("residuals_absent", [(name, float(none)) for name, _ in told])
+
+
+def _is_doubled(seen: Seen, attention: Attention) -> bool:
+    """Whether the first sum behind an attention adds a tensor to itself."""
+    for operation in seen.trace.descendants(attention.product, 60):
+        if operation.name == "add" and len(operation.inputs) > 1:
+            one, other = operation.inputs[:2]
+            if min(one.ndim, other.ndim) > 1 and not one.requires_grad and not other.requires_grad:
+                return one is other
+    return False
+
+
+def effect(seen: Seen, found: Found) -> None:
+    """Finds attention whose result nothing takes.
+
+    ``attention_unused``: 1 where neither the result nor the weights of an attention go into what
+    the model gives, as an encoder's that a decoder does not attend to.
+
+    Source: attention-fault taxonomy (wrong source of keys and values).
+    Cannot see: results that are kept in a module and used by a loss from there.
+    Costs: nothing beyond the trace.
+    """
+    trace = seen.trace
+    made = [trace.maker(output) for output in seen.outputs]
+    ends = [operation for operation in made if operation is not None]
+    if not ends:
+        raise MeasurementError("the model gives nothing that its forward computed")
+    used = {operation.index for end in ends for operation in trace.ancestors(end)}
+    found.components(
+        "attention_unused", [(name, float(a.index not in used)) for name, a in seen.attentions]
+    )
 
 
 def _numberless(name: str) -> str:
