@@ -87,6 +87,34 @@ def test_heads_that_are_the_same_are_told_from_those_that_are_not():
     assert max(numbers(classified(""), "head_similarity")) < 0.99
 
 
+class OneLeft(nn.Module):
+    """A decoder that attends to what is left, until one is."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x):
+        key, value = (
+            layer(x).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.key, self.value)
+        )
+        chosen = []
+        for step in range(x.shape[1]):
+            query = self.query(x[:, step]).view(len(x), 4, 1, -1)
+            scores = query @ key.transpose(-2, -1) / 2.0
+            gone = torch.arange(x.shape[1]) < step
+            chosen.append(scores.masked_fill(gone, -math.inf).softmax(-1) @ value)
+        return torch.cat(chosen, -2)
+
+
+def test_heads_that_see_one_key_alone_are_not_alike():
+    torch.manual_seed(0)
+    model, x = OneLeft(), torch.randn(6, 5, WIDTH)
+    output = model(x)
+    found = checked(model, x, loss=output.square().mean(), output=output)
+    assert 0 < numbers(found, "head_similarity")[0] < 0.99
+
+
 def test_units_that_start_alike_are_counted_once():
     assert max(numbers(classified("alike"), "twin_units")) == pytest.approx(15 / 16)
     assert max(numbers(classified(""), "twin_units")) == 0.0
@@ -976,6 +1004,29 @@ def test_a_residual_is_missing_only_where_there_is_a_sign_that_one_was_meant():
     found = checked(model, x, loss=output.square().mean(), output=output)
     assert numbers(found, "residual_missing") == [0.0, 0.0]
     assert max(numbers(found, "twin_units")) == 0.0  # the gain of a norm has rows, all ones
+
+
+class Summaries(nn.Module):
+    """A summary of an encoding, to which candidates attend: nothing is applied to it twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode = nn.Linear(WIDTH, WIDTH)
+        self.codes = nn.Parameter(torch.randn(3, WIDTH))
+
+    def forward(self, x, candidates):
+        keys = self.encode(x)
+        for queries in (self.codes.expand(len(x), -1, -1), self.encode(candidates)):
+            keys = (queries @ keys.transpose(1, 2)).softmax(-1) @ keys
+        return keys
+
+
+def test_an_attention_to_what_another_gave_is_no_second_stream():
+    torch.manual_seed(0)
+    x, candidates = torch.randn(6, 5, WIDTH), torch.randn(6, 4, WIDTH)
+    output = (model := Summaries())(x, candidates)
+    found = checked(model, x, candidates, loss=output.square().mean(), output=output)
+    assert 1.0 not in numbers(found, "updated_stream")
 
 
 class TwoStreams(nn.Module):

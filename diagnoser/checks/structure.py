@@ -293,12 +293,21 @@ def streams(seen: Seen, found: Found) -> None:
         )
         for _, first in crossing[:i]:
             same = {id(p) for p in first.key_parameters} & {id(p) for p in second.key_parameters}
-            if same:
-                at = first.product.index
+            at = first.product.index
+            if same and _applied_again(seen.trace, same, at, second.index):
                 told.append((name, float(at in keys and at not in queries)))
     if not told:
         raise MeasurementError("no two attentions share their weights")
     found.components("updated_stream", told)
+
+
+def _applied_again(trace: Trace, parameters: set[int], after: int, before: int) -> bool:
+    """Whether parameters are used between two operations: not only behind the first of them."""
+    return any(
+        given is not None and id(given) in parameters
+        for operation in trace.operations[after + 1 : before]
+        for given in (trace.given_behind(operation, i) for i in range(len(operation.inputs)))
+    )
 
 
 def growth(seen: Seen, found: Found) -> None:

@@ -11,6 +11,8 @@ from diagnoser.checks.reading_attention import Attention
 from diagnoser.checks.seen import Found, Seen
 from diagnoser.checks.trace import Operation
 
+DECIDED = 1e-6  # that a head leaves to other keys than the first
+
 
 def sources(seen: Seen, found: Found) -> None:
     """Finds queries that are keys, keys and values of different origin, and heads that are alike.
@@ -18,7 +20,7 @@ def sources(seen: Seen, found: Found) -> None:
     ``same_query_key``: 1 where queries and keys are the same numbers. ``key_value_apart``: 1 where
     the model's inputs that keys depend on are none of those that values depend on.
     ``head_similarity``: 1 less the total variation between the weights of the two most similar
-    heads, a mean over rows: 1 for heads that are the same.
+    heads, a mean over rows of which not all heads see one key alone: 1 for heads that are the same.
 
     Source: DEFault++ QTH and its wiring operators; gordonhu608/MQT-LLaVA#4.
     Cannot see: tied weights that are followed by different biases or norms.
@@ -40,14 +42,27 @@ def sources(seen: Seen, found: Found) -> None:
         plain = attention.softmax.result.ndim < 5  # else an axis beside batch and heads
         if plain and 1 < count <= 64 and attention.weights.shape[-1] > 2:
             weights = attention.weights.reshape(-1, count, *attention.weights.shape[1:])[:8].float()
-            by_head = weights.transpose(0, 1).reshape(count, -1)
-            rows = weights.shape[0] * weights.shape[2]
-            distance = torch.cdist(by_head, by_head, p=1) / (2 * rows)
-            distance.fill_diagonal_(math.inf)
-            heads.append((name, 1.0 - float(distance.min())))
+            similarity = _most_similar(weights)
+            if similarity is not None:
+                heads.append((name, similarity))
     found.components("same_query_key", same)
     found.components("key_value_apart", apart)
-    found.components("head_similarity", heads)
+    found.components("head_similarity", heads, min)  # of a module that is called more than once
+
+
+def _most_similar(weights: Tensor) -> float | None:
+    """Returns how similar the weights (n, heads, queries, keys) of the two most similar heads are.
+
+    Rows of which all heads give everything to one key do not tell: there may be no other to see.
+    """
+    rows = weights.transpose(1, 2).flatten(0, 1)  # (rows, heads, keys)
+    rows = rows[~(rows.amax(-1) > 1 - DECIDED).all(-1)]
+    if not len(rows):
+        return None
+    by_head = rows.transpose(0, 1).flatten(1)
+    distance = torch.cdist(by_head, by_head, p=1) / (2 * len(rows))
+    distance.fill_diagonal_(math.inf)
+    return 1.0 - float(distance.min())
 
 
 def _proportional(a: Tensor, b: Tensor) -> bool:
