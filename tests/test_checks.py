@@ -28,7 +28,7 @@ from diagnoser.checks import BEFORE, CHECKS, OFTEN, Call, Calls, LossCall, Seen,
 from diagnoser.checks.replica import Replica
 from diagnoser.errors import MeasurementError
 from diagnoser.features.program import PROGRAM
-from diagnoser.monitor.subject import Subject
+from diagnoser.monitor.subject import Subject, _kept_by
 
 
 def classified(mistake, seed=0):
@@ -1396,6 +1396,16 @@ def test_a_model_that_cannot_be_copied_or_run_again_says_why():
     replica = Replica(Call(fine, (x,), {}, fine(x), True, True, None))
     with pytest.raises(MeasurementError, match="cannot be run on its batch again"):
         replica.run((torch.ones(2, 3),), {})
+
+
+@pytest.mark.parametrize("name", ["layers", "_layers"])
+def test_a_layer_in_a_plain_list_is_named_by_who_keeps_it(name):
+    inner, owner = nn.Module(), nn.Module()
+    layers = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    setattr(inner, name, layers)
+    owner.transformer = inner
+    assert _kept_by(owner, layers[1]) == f"transformer.{name}.1"
+    assert _kept_by(owner, nn.Linear(4, 4)) is None
 
 
 def test_layers_in_a_plain_list_are_run_in_eval_mode_and_keep_their_parameters():

@@ -16,6 +16,8 @@ from diagnoser.components import free_component, layers_of, parameters_of, split
 from diagnoser.statistics import PartList
 from diagnoser.types import Component
 
+TORCHS_OWN = frozenset(vars(nn.Module()))  # attributes that every module has
+
 Array = NDArray[np.float64]
 
 
@@ -310,7 +312,7 @@ def _kept_by(owner: nn.Module, kept: nn.Module) -> str | None:
     """
     for path, module in owner.named_modules():
         for name, value in list(vars(module).items()):
-            if name.startswith("_") or not isinstance(value, list | tuple | dict):
+            if name in TORCHS_OWN or not isinstance(value, list | tuple | dict):
                 continue
             items = value.items() if isinstance(value, dict) else enumerate(value)
             for key, item in items:
