@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import statistics
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -315,31 +314,22 @@ def _source(finding: str) -> str:
 
 
 def summary() -> str:
-    """What came of both second lots when they were judged once, in words."""
-    known, harms, rows = read("second")
-    found = shares(known, harms, rows)
-    controls_known, controls_rows = controls.read("second", once=True)
-    if not rows or not controls_rows:
+    """What came of both lots that were judged once."""
+    looks = {look: read(look) for look in ("second", "third")}
+    found = {look: shares(*of) for look, of in looks.items()}
+    alarms = {look: _alarms_by_script(*controls.read(look, once=True)) for look in looks}
+    if not all(rows for *_, rows in looks.values()) or not all(alarms.values()):
         return NOT_YET
-    silent = share(_alarms_by_script(controls_known, controls_rows))
-
-    def rate(figure: Share | None) -> str:
-        assert figure is not None
-        return f"{figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]"
-
-    asked, fixed = found["called faulty"], found["false alarms"]
-    assert asked is not None
-    assert fixed is not None
-    assert silent is not None
-    text = (
-        f"On {asked.scripts} faults of issue threads, retold as scripts by others and judged once, "
-        f"three seeds each: {rate(asked)} are called faulty, the right cause comes first in "
-        f"{rate(found['right cause first'])}; of {fixed.scripts} repaired ones {rate(fixed)} were "
-        f"called faulty, too, and after that was mended {rate(silent)} of {silent.scripts} healthy "
-        "scripts of other architectures, judged once: "
-        "[docs/reproductions.md](docs/reproductions.md)."
-    )
-    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+    lines = [
+        [words, *(str(own[name] or "") for own in found.values())]
+        for words, name in {
+            "faults called faulty": "called faulty",
+            "right cause first": "right cause first",
+            "repaired scripts called faulty": "false alarms",
+        }.items()
+    ]
+    lines.append(["healthy scripts called faulty", *(str(share(own)) for own in alarms.values())])
+    return table(["share [95 %], scripts", "second lot", "third lot"], lines)
 
 
 def _alarms_by_script(

@@ -1398,6 +1398,50 @@ def test_a_model_that_cannot_be_copied_or_run_again_says_why():
         replica.run((torch.ones(2, 3),), {})
 
 
+class Momentum(nn.Module):
+    """Averages a teacher within its forward (MoCo), in one of several ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.student, self.teacher = nn.Linear(WIDTH, CLASSES), nn.Linear(WIDTH, CLASSES)
+
+    @torch.no_grad()
+    def average(self):
+        pairs = zip(self.student.parameters(), self.teacher.parameters(), strict=True)
+        for own, kept in pairs:
+            if self.how == "assigned":
+                kept.data = kept.data * 0.9 + own.data * 0.1
+                kept.requires_grad_(False)
+            elif self.how == "in place":
+                kept.mul_(0.9).add_(own, alpha=0.1)
+            elif self.how == "data":
+                kept.data.mul_(0.9).add_(own.data, alpha=0.1)
+            elif self.how == "many":
+                torch._foreach_mul_([kept], 0.9)
+            else:
+                torch.mul(kept, 0.9, out=kept)
+
+    def forward(self, x):
+        if self.how:
+            self.average()
+        return self.student(x) + self.teacher(x)
+
+
+@pytest.mark.parametrize("how", ["assigned", "in place", "data", "many", "out"])
+def test_a_forward_that_writes_to_parameters_leaves_the_model_as_it_was(how):
+    torch.manual_seed(0)
+    model, x, target = Momentum(how), torch.randn(6, WIDTH), torch.arange(6) % CLASSES
+    output = model(x)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    found = checked(model, x, target=target, output=output)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
+    reason = found.unknown.get("sample_leak", "")
+    assert "its forward writes to its parameters" in reason or how == "assigned"
+
+
 @pytest.mark.parametrize("name", ["layers", "_layers"])
 def test_a_layer_in_a_plain_list_is_named_by_who_keeps_it(name):
     inner, owner = nn.Module(), nn.Module()

@@ -1,9 +1,10 @@
 """A model run once more, beside the training, without leaving a trace in it (law 1).
 
-The copy shares parameters with the model, which it only reads, and has everything else for itself:
-buffers, counters, caches, lists. It runs without gradients, in eval mode, without the user's hooks;
-what its forward prints is dropped. What a forward changes outside of its own module (a global, a
-file) cannot be held back: such models must not be replayed, and no check can see it.
+The copy shares parameters with the model, which it only reads: a forward that writes to them, as
+one that averages a teacher does, is held back. Everything else (buffers, counters, caches, lists)
+it has for itself. It runs without gradients, in eval mode, without the user's hooks; what its
+forward prints is dropped. What a forward changes outside of its own module (a global, a file)
+cannot be held back: such models must not be replayed, and no check can see it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import contextlib
 import copy
 import io
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diagnoser.checks.calls import Call, changed, is_plain, tensors_of
 from diagnoser.checks.trace import Trace
@@ -37,7 +39,7 @@ class Replica:
 
     def __init__(self, call: Call, shared: Iterable[Tensor] = ()) -> None:
         self.call = call
-        self.module = _copy(_unwrapped(call.module), shared)
+        self.module, self._theirs = _copy(_unwrapped(call.module), shared)
         self.given: set[int] = set()  # ids of the tensors that the last run was given
 
     def run(
@@ -63,7 +65,13 @@ class Replica:
         args, kwargs = changed(args, _clone), changed(dict(kwargs), _clone)
         self.given = {id(tensor) for tensor in tensors_of([args, kwargs])}
         try:
-            with _silently(), torch.no_grad(), _no_fast_path(), torch.random.fork_rng(devices=[]):
+            with (
+                _silently(),
+                torch.no_grad(),
+                _no_fast_path(),
+                torch.random.fork_rng(devices=[]),
+                _unchanged(self._theirs),
+            ):
                 # Dropout that is on in eval mode draws the same each time: only inputs differ.
                 torch.default_generator.manual_seed(0)
                 with trace or contextlib.nullcontext():
@@ -87,12 +95,59 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return module
 
 
-def _copy(module: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
-    memo: dict[int, Any] = {id(p): p for p in (*shared, *module.parameters())}
+class _ReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses operations that would write to some tensors, before they do."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._storages = {_storage(tensor) for tensor in tensors} - {0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation unless it writes to what is not the replica's."""
+        schema, kwargs = func._schema, kwargs or {}
+        if schema.is_mutable:
+            given = [*zip(schema.arguments, args, strict=False)]
+            given += [(a, kwargs[a.name]) for a in schema.arguments if a.name in kwargs]
+            for argument, value in given:
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and any(_storage(x) in self._storages for x in tensors_of([value])):
+                    raise MeasurementError("its forward writes to its parameters")
+        return func(*args, **kwargs)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if is_plain(tensor) else 0
+
+
+@contextlib.contextmanager
+def _unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Keeps tensors as they are, whatever a forward does to them (an average of weights, say).
+
+    An assignment to ``data`` is no operation: it leaves the old storage alone, which is put back.
+    """
+    before = [(t, t.detach(), t.requires_grad, t.grad) for t in tensors]
+    try:
+        with _ReadOnly(tensors):
+            yield
+    finally:
+        for tensor, old, requires_grad, grad in before:
+            if tensor.data_ptr() != old.data_ptr() or tensor.shape != old.shape:
+                tensor.data = old
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+            if tensor.grad is not grad:
+                tensor.grad = grad
+
+
+def _copy(module: nn.Module, shared: Iterable[Tensor]) -> tuple[nn.Module, list[Tensor]]:
+    """Returns a copy, and the tensors that it has in common with the module."""
+    theirs = [*shared, *module.parameters()]
+    memo: dict[int, Any] = {id(p): p for p in theirs}
     for part in module.modules():
         for tensor in tensors_of([v for k, v in vars(part).items() if k != "_parameters"]):
             if tensor.grad_fn is not None:  # torch refuses to copy it
                 memo[id(tensor)] = tensor.detach()
+                theirs.append(tensor)
             elif not is_plain(tensor):
                 raise MeasurementError(f"{type(part).__name__} holds a tensor that is not dense")
     try:
@@ -112,7 +167,7 @@ def _copy(module: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
                     hook, "__module__", ""
                 ).startswith("torch."):
                     del hooks[key]
-    return replica
+    return replica, list({id(tensor): tensor for tensor in theirs}.values())
 
 
 @contextlib.contextmanager
