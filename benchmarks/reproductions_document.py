@@ -39,6 +39,7 @@ LOOKS: Final[Mapping[str, Look]] = {
     "second": Look("second lot, judged once", "second", once=True),
     "mended": Look("second lot, mended since", "second", once=False),
     "third": Look("third lot, judged once", "third", once=True),
+    "third-mended": Look("third lot, mended since", "third", once=False),
 }
 
 
