@@ -545,7 +545,7 @@ class GivenPositions(Classifier):
 
     def forward(self, x, codes):
         padded = torch.zeros(x.shape[:2], dtype=torch.bool)
-        x = self.content(x) + self.pos_enc(codes)
+        x = self.content(x) + self.pos_enc(codes * 2.0)
         for block in self.blocks:
             x = block(x, padded)
         return self.head(x.mean(1))
@@ -951,6 +951,36 @@ def test_what_is_added_to_itself_does_not_go_around(doubled):
     x, target = torch.randn(6, 5, WIDTH), torch.arange(6) % CLASSES
     found = checked(Doubled(doubled), x, target=target)
     assert numbers(found, "added_to_itself") == [float(doubled)] * 2
+
+
+class Ternary(nn.Linear):
+    """Its weight is computed from its parameter (BitNet)."""
+
+    def forward(self, x):
+        scale = self.weight.abs().mean()
+        rounded = (self.weight / scale).round().clamp(-1, 1) * scale
+        return F.linear(x, self.weight + (rounded - self.weight).detach(), self.bias)
+
+
+class Quantised(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+        self.query, self.key, self.value = (Ternary(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x):
+        x = self.inner(x).relu()
+        query, key, value = (layer(x).unsqueeze(1) for layer in (self.query, self.key, self.value))
+        return F.scaled_dot_product_attention(query, key, value)[:, 0]
+
+
+def test_attention_is_named_by_weights_that_are_computed_from_parameters():
+    torch.manual_seed(0)
+    model, x = Quantised(), torch.randn(6, 5, WIDTH)
+    output = model(x)
+    found = checked(model, x, loss=output.square().mean(), output=output)
+    named = {row.component for row in found.rows if row.quantity == "attention_scale"}
+    assert named in ({"query"}, {"key"})
 
 
 class TwoParts(nn.Module):

@@ -246,10 +246,13 @@ def _refuse_unseen_positions(seen: Seen) -> None:
     if any(not bool(tensor.any()) for tensor in named):
         raise MeasurementError("positions are learned, and still zero")
     own = set(map(id, named))
+    others = set(map(id, seen.parameters.values())) - own
     for operation in trace.named(*PRODUCTS):
         behind = [trace.given_behind(operation, i) for i in range(len(operation.inputs))]
-        ids = {id(tensor) for tensor in behind if tensor is not None}
-        if ids & own and ids & (seen.given - own):
+        if own.isdisjoint(id(tensor) for tensor in behind if tensor is not None):
+            continue
+        leaves = trace.leaves(operation)
+        if leaves & seen.given and not leaves & others:
             raise MeasurementError("positions are among the inputs, which were made alike")
 
 

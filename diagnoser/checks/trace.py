@@ -8,7 +8,7 @@ active around a replica, never around the user's own forward, whose bits it coul
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,11 +185,25 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 found |= {key: ids[key] for key in direct}
                 if operation.name not in ("add", "mul"):  # a bias; its matrix comes next
                     continue
+            elif operation.name in PRODUCTS:
+                made = self._computed_weight(operation, ids)
+                if made:
+                    found |= {key: ids[key] for key in made}
+                    continue
             for source in through:
                 if source not in seen:
                     seen.add(source)
                     queue.append(source)
         return list(found.values())
+
+    def _computed_weight(self, product: Operation, wanted: Mapping[int, Tensor]) -> set[int]:
+        """The parameters of which alone a factor of a product is computed (quantised, merged)."""
+        for position in range(len(product.inputs)):
+            made = self.producer(product, position)
+            leaves = self.leaves(made) if made is not None else set()
+            if leaves and leaves <= wanted.keys():
+                return leaves
+        return set()
 
 
 _OURS = ("torch", "diagnoser", "contextlib", "functools", "runpy", "importlib")
