@@ -179,9 +179,10 @@ def counted(
     watched = {row["script"] for row in rows}
     neither = [name for name in sorted(watched) if not is_faulty(known[name], harms.get(name))]
     same = sum(row["same_output"] for row in rows)
-    codes = ", ".join(f"`{code}`" for code in sorted({row["code"] for row in rows}))
     cost = statistics.median(row["cpu_s"] / row["plain_cpu_s"] for row in rows)
-    text = f"The {title}: {len(rows)} runs of {len(watched)} scripts, judged by code {codes}. "
+    text = (
+        f"The {title}: {len(rows)} runs of {len(watched)} scripts, judged by code {_codes(rows)}. "
+    )
     if neither:
         rows_left = ", ".join(str(known[name].row) for name in neither)
         text += (
@@ -192,6 +193,10 @@ def counted(
         f"{same} runs printed what they print unwatched; watched, a run takes {cost:.2f} times the "
         "CPU seconds (median, with the start of Python)."
     )
+
+
+def _codes(rows: Iterable[Row]) -> str:
+    return ", ".join(f"`{code}`" for code in sorted({row["code"] for row in rows}))
 
 
 def scripts(look: str) -> str:
@@ -260,8 +265,8 @@ def healthy() -> str:
         learnt = sum(controls.is_learnt(row, known[row["script"]]) for row in rows)
         by_judge = [_alarms_by_script(known, rows, family) for family in ("", *PUBLISHED)]
         shown = [str(share(found) or "") for found in by_judge]
-        lines.append([look.title, f"{learnt} of {len(rows)}", *shown])
-    head = ["healthy scripts", "runs that learn", "diagnoser", *PUBLISHED]
+        lines.append([look.title, _codes(rows), f"{learnt} of {len(rows)}", *shown])
+    head = ["healthy scripts", "code", "runs that learn", "diagnoser", *PUBLISHED]
     return table(head, lines) if lines else NOT_YET
 
 

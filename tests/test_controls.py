@@ -84,7 +84,14 @@ def test_a_control_has_one_form_and_no_option_for_it(folder):
 def said(script, seed, verdict, metric=0.9):
     judged = {"verdict": verdict, "findings": [{"source": "check:x", "component": "a_b"}]}
     others = dict.fromkeys(reproductions_runs.PUBLISHED, {"verdict": "healthy"})
-    return {"script": script, "seed": seed, "metric": metric, **judged, "others": others}
+    return {
+        "script": script,
+        "seed": seed,
+        "code": "abc",
+        "metric": metric,
+        **judged,
+        "others": others,
+    }
 
 
 def test_a_run_that_does_not_learn_is_no_control_and_alarms_are_counted_by_script(monkeypatch):
@@ -97,7 +104,7 @@ def test_a_run_that_does_not_learn_is_no_control_and_alarms_are_counted_by_scrip
     looks = {("first", False): (known, rows)}
     monkeypatch.setattr(controls, "read", lambda lot, once: looks.get((lot, once), nothing))
     [line] = reproductions_document.healthy().splitlines()[2:]
-    assert line.startswith("| first lot | 3 of 5 | 0.25 [")
+    assert line.startswith("| first lot | `abc` | 3 of 5 | 0.25 [")
     assert line.endswith("0.00 [0.00, 0.66], 2 |")
     last = reproductions_document.alarms().splitlines()[-1]
     assert last == r"| first lot | 4 | slots | 1 of 2 | check:x in a\_b |"

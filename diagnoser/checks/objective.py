@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnoser.checks.calls import distinct
+from diagnoser.checks.calls import LossCall, distinct
 from diagnoser.checks.losses import Loss
 from diagnoser.checks.seen import Found, Seen
 from diagnoser.checks.trace import PRODUCTS, SHAPE_ONLY
@@ -221,13 +221,11 @@ def regression_targets(seen: Seen, found: Found) -> None:
     Cannot see: targets that are scaled inside a loss of one's own.
     Costs: two sums.
     """
-    for call in seen.calls.losses:
-        if call.name.removesuffix("_loss") in REGRESSION:
-            shapes = tuple(call.scores.shape), tuple(call.target.shape)
-            compared = math.prod(np.broadcast_shapes(*shapes))
-            found.run("loss_broadcast", float(compared > max(map(math.prod, shapes))))
-            found.place("loss", call.place)
-            break
+    regressions = [c for c in seen.calls.losses if c.name.removesuffix("_loss") in REGRESSION]
+    if regressions:
+        wrong = [call for call in regressions if _is_broadcast(call)]
+        found.run("loss_broadcast", bool(wrong))
+        found.place("loss", (wrong or regressions)[0].place)
     loss = _loss_with_target(seen, *REGRESSION)
     assert loss.target is not None
     target = loss.target.detach().float().reshape(-1)[:MOST_LABELS]
@@ -238,6 +236,12 @@ def regression_targets(seen: Seen, found: Found) -> None:
         return
     found.run("target_scale", max(abs(float(target.mean())), float(target.std())))
     found.run("target_constant", float(float(target.std()) == 0.0))
+
+
+def _is_broadcast(call: LossCall) -> bool:
+    """Whether a loss function compares more numbers than either of its sides has."""
+    shapes = tuple(call.scores.shape), tuple(call.target.shape)
+    return math.prod(np.broadcast_shapes(*shapes)) > max(map(math.prod, shapes))
 
 
 def inputs(seen: Seen, found: Found) -> None:

@@ -129,9 +129,9 @@ def _is_one_set(seen: Seen) -> bool:
         operation.name in SCATTERS and operation.result.shape[:1] == (size,)
         for operation in trace.operations
     ) or any(
-        given is not None and not given.requires_grad and tuple(given.shape) == (size, size)
+        not given.requires_grad and tuple(given.shape) == (size, size)
         for operation in trace.named(*PRODUCTS, *SPARSE)
-        for given in (trace.given_behind(operation, i) for i in range(len(operation.inputs)))
+        for given in trace.given_into(operation)
     )
 
 
@@ -248,8 +248,7 @@ def _refuse_unseen_positions(seen: Seen) -> None:
     own = set(map(id, named))
     others = set(map(id, seen.parameters.values())) - own
     for operation in trace.named(*PRODUCTS):
-        behind = [trace.given_behind(operation, i) for i in range(len(operation.inputs))]
-        if own.isdisjoint(id(tensor) for tensor in behind if tensor is not None):
+        if own.isdisjoint(map(id, trace.given_into(operation))):
             continue
         leaves = trace.leaves(operation)
         if leaves & seen.given and not leaves & others:

@@ -76,6 +76,8 @@ class Replica:
                 torch.default_generator.manual_seed(0)
                 with trace or contextlib.nullcontext():
                     output = self.module(*args, **kwargs)
+        except MeasurementError as error:  # in words already
+            raise MeasurementError(f"the model cannot be run on its batch again: {error}") from None
         except Exception as error:
             text = f"{type(error).__name__}: {error}".splitlines()[0][:120]
             raise MeasurementError(
@@ -131,7 +133,7 @@ def _unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
             yield
     finally:
         for tensor, old, requires_grad, grad in before:
-            if tensor.data_ptr() != old.data_ptr() or tensor.shape != old.shape:
+            if _storage(tensor) != _storage(old) or tensor.shape != old.shape:
                 tensor.data = old
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)

@@ -304,9 +304,9 @@ def streams(seen: Seen, found: Found) -> None:
 def _applied_again(trace: Trace, parameters: set[int], after: int, before: int) -> bool:
     """Whether parameters are used between two operations: not only behind the first of them."""
     return any(
-        given is not None and id(given) in parameters
+        id(given) in parameters
         for operation in trace.operations[after + 1 : before]
-        for given in (trace.given_behind(operation, i) for i in range(len(operation.inputs)))
+        for given in trace.given_into(operation)
     )
 
 

@@ -126,6 +126,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return made.inputs[0]
         return None
 
+    def given_into(self, operation: Operation) -> list[Tensor]:
+        """Returns the given tensors that inputs of an operation are, up to their shape."""
+        behind = (self.given_behind(operation, i) for i in range(len(operation.inputs)))
+        return [tensor for tensor in behind if tensor is not None]
+
     def named(self, *names: str) -> Iterator[Operation]:
         """Yields the operations of some names, in order."""
         return (operation for operation in self.operations if operation.name in names)
@@ -179,8 +184,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for index in queue:
             operation = self.operations[index]
             through = [s for s in operation.sources if s >= 0]
-            behind = [self.given_behind(operation, i) for i in range(len(operation.sources))]
-            direct = [id(tensor) for tensor in behind if tensor is not None and id(tensor) in ids]
+            direct = [id(tensor) for tensor in self.given_into(operation) if id(tensor) in ids]
             if direct:
                 found |= {key: ids[key] for key in direct}
                 if operation.name not in ("add", "mul"):  # a bias; its matrix comes next

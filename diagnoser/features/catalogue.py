@@ -193,7 +193,7 @@ FEATURES: Final[Mapping[str, Entry]] = {
             f.learning_rate_to_peak,
             ("learning_rate",),
             "learning rate over its highest so far, median over components",
-            low=-1,
+            low=-np.inf,
             high=1,
         ),
         entry(
