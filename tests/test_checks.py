@@ -983,36 +983,6 @@ def test_attention_is_named_by_weights_that_are_computed_from_parameters():
     assert named in ({"query"}, {"key"})
 
 
-class TwoParts(nn.Module):
-    """A decoder that attends to its encoder, or to itself once more."""
-
-    def __init__(self, memory):
-        super().__init__()
-        self.memory = memory
-        self.encoder, self.own, self.cross = (
-            nn.MultiheadAttention(WIDTH, 4, batch_first=True) for _ in range(3)
-        )
-        self.head = nn.Linear(WIDTH, CLASSES)
-
-    def forward(self, source, x):
-        memory = self.encoder(source, source, source)[0]
-        x = x + self.own(x, x, x)[0]
-        keys = memory if self.memory else x
-        return {"scores": self.head((x + self.cross(x, keys, keys)[0]).mean(1))}
-
-
-@pytest.mark.parametrize("memory", [False, True])
-def test_an_attention_that_nothing_depends_on_is_unused(memory):
-    torch.manual_seed(0)
-    source, x = torch.randn(2, 6, 5, WIDTH)
-    model, target = TwoParts(memory), torch.arange(6) % CLASSES
-    output = model(source, x)
-    loss = F.cross_entropy(output["scores"], target)
-    found = checked(model, source, x, loss=loss, output=output)
-    unused = {r.component: r.estimate.value for r in found.rows if r.quantity == "attention_unused"}
-    assert unused == {"encoder": float(not memory), "own": 0.0, "cross": 0.0}
-
-
 class Refined(nn.Module):
     """Two attentions of different purpose, none with a sum around it."""
 

@@ -83,8 +83,7 @@ class Replica:
             raise MeasurementError(
                 f"the model cannot be run on its batch again ({text})"
             ) from error
-        # What was computed without gradients stays the tensor that the trace knows.
-        return [t.detach() if t.requires_grad else t for t in tensors_of(output)]
+        return [tensor.detach() for tensor in tensors_of(output)]
 
 
 def _clone(tensor: Tensor) -> Tensor:

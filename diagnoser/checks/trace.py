@@ -95,11 +95,6 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Returns what takes an operation's result."""
         return [self.operations[i] for i in self._consumers.get(operation.index, [])]
 
-    def maker(self, tensor: Tensor) -> Operation | None:
-        """Returns what made a tensor of the forward, as it is; None for what it was given."""
-        index = self._made_by.get(id(tensor))
-        return None if index is None else self.operations[index]
-
     def producer(self, operation: Operation, position: int) -> Operation | None:
         """Returns what made an input; None for what the forward was given."""
         source = operation.sources[position]
