@@ -312,7 +312,7 @@ def test_a_full_disk_costs_the_files_and_nothing_else(tmp_path):
     write(tmp_path, "train(300)\n")
     limited = (
         "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)); sys.argv = sys.argv[1:];"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (15000, 15000)); sys.argv = sys.argv[1:];"
         "runpy.run_module('diagnoser.cli', run_name='__main__')"
     )
     command = watched_command("script.py", run=tmp_path / "run")
