@@ -22,10 +22,13 @@ from check_models import (
     checked,
     numbers,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from diagnoser.checks import BEFORE, CHECKS, OFTEN, Call, Calls, LossCall, Seen, examine
 from diagnoser.checks.replica import Replica
+from diagnoser.checks.trace import _apart
 from diagnoser.errors import MeasurementError
 from diagnoser.features.program import PROGRAM
 from diagnoser.monitor.subject import Subject, _kept_by
@@ -981,6 +984,64 @@ def test_attention_is_named_by_weights_that_are_computed_from_parameters():
     found = checked(model, x, loss=output.square().mean(), output=output)
     named = {row.component for row in found.rows if row.quantity == "attention_scale"}
     assert named in ({"query"}, {"key"})
+
+
+class TwoParts(nn.Module):
+    """A decoder that attends to its encoder, or to itself once more."""
+
+    def __init__(self, memory):
+        super().__init__()
+        self.memory = memory  # "" for none, "whole", or "slices": written position by position
+        self.encoder, self.own, self.cross = (
+            nn.MultiheadAttention(WIDTH, 4, batch_first=True) for _ in range(3)
+        )
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, source, x):
+        memory = self.encoder(source, source, source)[0]
+        if self.memory == "slices":
+            parts, memory = memory.unbind(1), torch.zeros_like(memory)
+            for position, part in enumerate(parts):
+                memory[:, position].copy_(part)
+        x = x + self.own(x, x, x)[0]
+        keys = memory if self.memory else x
+        return {"scores": self.head((x + self.cross(x, keys, keys)[0]).mean(1))}
+
+
+@pytest.mark.parametrize("memory", ["", "whole", "slices"])
+def test_an_attention_that_nothing_depends_on_is_unused(memory):
+    torch.manual_seed(0)
+    source, x = torch.randn(2, 6, 5, WIDTH)
+    model, target = TwoParts(memory), torch.arange(6) % CLASSES
+    output = model(source, x)
+    loss = F.cross_entropy(output["scores"], target)
+    found = checked(model, source, x, loss=loss, output=output)
+    unused = {r.component: r.estimate.value for r in found.rows if r.quantity == "attention_unused"}
+    assert unused == {"encoder": float(not memory), "own": 0.0, "cross": 0.0}
+
+
+@st.composite
+def views(draw, base):
+    axis = draw(st.integers(0, base.ndim - 1))
+    start = draw(st.integers(0, base.shape[axis] - 1))
+    length = draw(st.integers(1, base.shape[axis] - start))
+    view = base.narrow(axis, start, length)
+    if draw(st.booleans()):
+        view = view.movedim(0, -1)
+    return view[:, draw(st.integers(0, 1)) :] if view.shape[1] > 1 else view
+
+
+@given(st.data())
+def test_views_that_are_taken_to_be_apart_have_no_element_in_common(data):
+    base = torch.arange(60).reshape(3, 4, 5)
+    one, other = data.draw(views(base)), data.draw(views(base))
+    common = set(one.flatten().tolist()) & set(other.flatten().tolist())
+    assert not (_apart(one, other) and common)
+
+
+def test_parts_of_a_fused_projection_are_apart():
+    query, key, value = torch.zeros(2, 3, 12).chunk(3, dim=-1)
+    assert _apart(query, key) and _apart(value, query) and not _apart(key, key[:, 1:])
 
 
 class Refined(nn.Module):

@@ -90,6 +90,7 @@ CHECKS: Final[Mapping[str, Check]] = {
     "residuals": Check(
         structure.residuals, ("residual_missing", "residuals_absent", "added_to_itself")
     ),
+    "effect": Check(structure.effect, ("attention_unused",)),
     "residual-source": Check(structure.residual_source, ("residual_normalised",)),
     "streams": Check(structure.streams, ("updated_stream",)),
     "growth": Check(structure.growth, ("activation_growth",)),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diagnoser.checks.calls import Call, changed, is_plain, tensors_of
-from diagnoser.checks.trace import Trace
+from diagnoser.checks.trace import Trace, memory, written
 from diagnoser.errors import MeasurementError
 
 
@@ -83,7 +83,8 @@ class Replica:
             raise MeasurementError(
                 f"the model cannot be run on its batch again ({text})"
             ) from error
-        return [tensor.detach() for tensor in tensors_of(output)]
+        # What was computed without gradients stays the tensor that the trace knows.
+        return [t.detach() if t.requires_grad else t for t in tensors_of(output)]
 
 
 def _clone(tensor: Tensor) -> Tensor:
@@ -101,23 +102,14 @@ class _ReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._storages = {_storage(tensor) for tensor in tensors} - {0}
+        self._theirs = {memory(tensor) for tensor in tensors} - {0}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation unless it writes to what is not the replica's."""
-        schema, kwargs = func._schema, kwargs or {}
-        if schema.is_mutable:
-            given = [*zip(schema.arguments, args, strict=False)]
-            given += [(a, kwargs[a.name]) for a in schema.arguments if a.name in kwargs]
-            for argument, value in given:
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                if written and any(_storage(x) in self._storages for x in tensors_of([value])):
-                    raise MeasurementError("its forward writes to its parameters")
+        kwargs = kwargs or {}
+        if any(memory(tensor) in self._theirs for tensor in written(func, args, kwargs)):
+            raise MeasurementError("its forward writes to its parameters")
         return func(*args, **kwargs)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if is_plain(tensor) else 0
 
 
 @contextlib.contextmanager
@@ -132,7 +124,7 @@ def _unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
             yield
     finally:
         for tensor, old, requires_grad, grad in before:
-            if _storage(tensor) != _storage(old) or tensor.shape != old.shape:
+            if memory(tensor) != memory(old) or tensor.shape != old.shape:
                 tensor.data = old
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)

@@ -159,6 +159,26 @@ def _is_doubled(seen: Seen, attention: Attention) -> bool:
     return False
 
 
+def effect(seen: Seen, found: Found) -> None:
+    """Finds attention whose result nothing takes.
+
+    ``attention_unused``: 1 where neither the result nor the weights of an attention go into what
+    the model gives, as an encoder's that a decoder does not attend to.
+
+    Source: attention-fault taxonomy (wrong source of keys and values).
+    Cannot see: results that are kept in a module and used by a loss from there.
+    Costs: nothing beyond the trace.
+    """
+    trace = seen.trace
+    ends = [operation for output in seen.outputs for operation in trace.makers(output)]
+    if not ends:
+        raise MeasurementError("the model gives nothing that its forward computed")
+    used = {operation.index for end in ends for operation in trace.ancestors(end)}
+    found.components(
+        "attention_unused", [(name, float(a.index not in used)) for name, a in seen.attentions]
+    )
+
+
 def _numberless(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 

@@ -7,6 +7,7 @@ active around a replica, never around the user's own forward, whose bits it coul
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from diagnoser.checks.calls import is_plain
 from diagnoser.errors import MeasurementError
 from diagnoser.types import Where
 
@@ -35,13 +37,15 @@ class Operation:
     """One operation: tensors in and out, all arguments as they were given, the user's line.
 
     ``sources`` are the positions of the operations that made the inputs, -1 for what the forward
-    was given (inputs, parameters, buffers).
+    was given (inputs, parameters, buffers); ``writers`` those that since wrote to an input's memory
+    through another view of it.
     """
 
     index: int
     name: str
     inputs: tuple[Tensor, ...]
     sources: tuple[int, ...]
+    writers: tuple[int, ...]
     outputs: tuple[Tensor, ...]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -63,6 +67,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kept: list[Tensor] = []
         self._bytes = 0
         self._consumers: dict[int, list[int]] = {}
+        self._written: dict[int, list[tuple[int, Tensor]]] = {}  # memory -> who wrote, through what
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation and notes it."""
@@ -74,9 +79,13 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not outputs:
             return result
         sources = tuple(self._made_by.get(id(x), -1) for x in inputs)
+        writers = {i for x in inputs for i in self._writers_since(x)}
         index = len(self.operations)
-        for source in set(sources) - {-1}:
+        for source in {*sources, *writers} - {-1}:
             self._consumers.setdefault(source, []).append(index)
+        for tensor in written(func, args, kwargs):
+            if memory(tensor):
+                self._written.setdefault(memory(tensor), []).append((index, tensor))
         for output in outputs:
             self._made_by[id(output)] = index
             if output._base is None:
@@ -84,12 +93,24 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kept += [*inputs, *outputs]  # identities are only good while the tensors live
         place = None if name in SHAPE_ONLY else user_line()
         self.operations.append(
-            Operation(index, name.removesuffix("_") or name, inputs, sources, outputs, args, kwargs,
-                      place)
+            Operation(index, name.removesuffix("_") or name, inputs, sources, (*writers,),
+                      outputs, args, kwargs, place)
         )  # fmt: skip
         if self._bytes > MOST_BYTES:
             raise MeasurementError("the forward is too large to be traced")
         return result
+
+    def _writers_since(self, tensor: Tensor) -> list[int]:
+        """Who wrote to a tensor's memory, through another view, since the tensor was made."""
+        made = self._made_by.get(id(tensor), -1)
+        wrote = self._written.get(memory(tensor), []) if self._written else []
+        return [i for i, through in wrote if i > made and not _apart(tensor, through)]
+
+    def makers(self, tensor: Tensor) -> list[Operation]:
+        """Returns what made a tensor of the forward, and what wrote to it since."""
+        made = self._made_by.get(id(tensor))
+        by = [*([] if made is None else [made]), *self._writers_since(tensor)]
+        return [self.operations[i] for i in by]
 
     def consumers(self, operation: Operation) -> list[Operation]:
         """Returns what takes an operation's result."""
@@ -140,7 +161,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             yield operation
             if len(queue) > most:
                 return
-            for source in operation.sources:
+            for source in (*operation.sources, *operation.writers):
                 if source >= 0 and source not in seen:
                     seen.add(source)
                     queue.append(source)
@@ -178,7 +199,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         queue, seen = [start.index], {start.index}
         for index in queue:
             operation = self.operations[index]
-            through = [s for s in operation.sources if s >= 0]
+            through = [s for s in (*operation.sources, *operation.writers) if s >= 0]
             direct = [id(tensor) for tensor in self.given_into(operation) if id(tensor) in ids]
             if direct:
                 found |= {key: ids[key] for key in direct}
@@ -203,6 +224,54 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if leaves and leaves <= wanted.keys():
                 return leaves
         return set()
+
+
+def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Returns the tensors that a dispatched operation writes to."""
+    names = _WRITES.get(func)
+    if names is None:
+        names = _WRITES[func] = tuple(
+            (i, argument.name)
+            for i, argument in enumerate(func._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        )
+    given = [args[i] if i < len(args) else kwargs.get(name) for i, name in names]
+    return [tensor for tensor in tree_iter(given) if isinstance(tensor, Tensor)]
+
+
+_WRITES: dict[Any, tuple[tuple[int, str], ...]] = {}  # an operation's arguments that it writes to
+
+
+def memory(tensor: Tensor) -> int:
+    """Returns what tensors that are views of each other have in common; 0 if it has no memory."""
+    return tensor.untyped_storage().data_ptr() if is_plain(tensor) else 0
+
+
+def _apart(one: Tensor, other: Tensor) -> bool:
+    """Whether two views of the same memory plainly have no element in common."""
+    if one.storage_offset() > other.storage_offset():
+        one, other = other, one
+    distance = other.storage_offset() - one.storage_offset()
+    if distance > _extent(one, math.inf):
+        return True  # one ends before the other begins
+    return one.stride() == other.stride() and any(  # parts that were split along an axis
+        step > 0
+        and distance % step == 0
+        and size <= distance // step
+        and max(_extent(one, step), _extent(other, step)) < step
+        and all(
+            distance + _extent(other, further) < further
+            for further in one.stride()
+            if further > step
+        )
+        for size, step in zip(one.shape, one.stride(), strict=True)
+    )
+
+
+def _extent(tensor: Tensor, below: float) -> int:
+    """How far a tensor's last element is from its first, along axes of a stride below a bound."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return sum((size - 1) * step for size, step in steps if step < below)
 
 
 _OURS = ("torch", "diagnoser", "contextlib", "functools", "runpy", "importlib")

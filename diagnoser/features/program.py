@@ -88,6 +88,8 @@ PROGRAM: Final[tuple[Quantity, ...]] = (
              "1 where the input of an attention does not go around it, as others' do", 1),
     Quantity("added_to_itself", "component",
              "1 where the result of an attention is added to itself", 1),
+    Quantity("attention_unused", "component",
+             "1 where nothing that the model gives depends on an attention", 1),
     Quantity("residuals_absent", "component",
              "1 where the input of no attention goes around it", 1),
     Quantity("residual_normalised", "component",
