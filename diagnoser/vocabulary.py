@@ -130,6 +130,7 @@ PLACES: Final[dict[str, str]] = {
     "clip": "where gradients are clipped",
     "scheduler": "where the learning rate schedule is advanced",
     "evaluation": "where the model is evaluated",
+    "dropout": "where elements are dropped",
 }
 
 

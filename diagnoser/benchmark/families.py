@@ -17,6 +17,7 @@ from diagnoser.features.published import OF_PUBLISHED
 T = TypeVar("T")
 
 OF_CHECKS: Final = PROGRAM_NAMES | {
+    "averaging_to_run",
     "initial_attention_scores",
     "initial_attention_excess",
 }  # P: of the program

@@ -13,6 +13,8 @@ from typing import Final
 
 from diagnoser.checks import (
     attention,
+    class_losses,
+    linear,
     masks,
     modes,
     objective,
@@ -40,9 +42,16 @@ class Check:
 CHECKS: Final[Mapping[str, Check]] = {
     "optimised-twice": Check(optimisation.shared_parameters, ("times_optimized",)),
     "weight-decay": Check(optimisation.weight_decay, ("decay_to_step", "decayed_vectors")),
+    "averages": Check(optimisation.averages, ("averaging_steps",)),
     "training-mode": Check(
         modes.training_mode, ("trained_in_eval", "dropout_largest", "batch_norm_momentum")
     ),
+    "eval-mode": Check(modes.dropout_in_eval, ("dropout_in_eval",)),
+    "class-loss": Check(
+        class_losses.class_loss,
+        ("label_smoothing", "ignored_classes", "weighted_imbalance", "scores_cut"),
+    ),
+    "loss-direction": Check(class_losses.direction, ("loss_climbed",)),
     "scores-into-loss": Check(
         objective.scores_into_loss, ("not_log_probabilities", "target_gradient")
     ),
@@ -80,6 +89,7 @@ CHECKS: Final[Mapping[str, Check]] = {
     "padding-mask": Check(
         masks.padding_mask, ("padding_weight", "content_weight", "padded_query_hidden")
     ),
+    "padding-index": Check(masks.padding_index, ("padding_index_content",)),
     "mask-value": Check(masks.mask_value, ("masked_rows", "mask_leak", "mask_margin")),
     "causality": Check(masks.causality, ("future_weight", "needless_causal", "first_sees_itself")),
     "attention-sources": Check(
@@ -92,6 +102,7 @@ CHECKS: Final[Mapping[str, Check]] = {
     ),
     "effect": Check(structure.effect, ("attention_unused",)),
     "residual-source": Check(structure.residual_source, ("residual_normalised",)),
+    "linear-pairs": Check(linear.linear_pairs, ("widened_in_vain",)),
     "streams": Check(structure.streams, ("updated_stream",)),
     "growth": Check(structure.growth, ("activation_growth",)),
     "ties": Check(structure.ties, ("tied_elsewhere",)),
@@ -125,6 +136,10 @@ WHY: Final[Mapping[str, str]] = {
     "decay_to_step": "no weight decay that can be compared with a step",
     "decayed_vectors": "the model has neither norms nor biases",
     "batch_norm_momentum": "the model has no batch norm",
+    "ignored_classes": "no loss compares one label of each sample",
+    "weighted_imbalance": "no loss weighs classes",
+    "scores_cut": "no cross-entropy is the loss",
+    "widened_in_vain": "no layer of weights follows another with nothing between",
     "not_log_probabilities": "no negative log-likelihood is the loss",
     "target_gradient": "no regression or binary cross-entropy is the loss",
     "batch_label_entropy": "it takes two batches of eight labels, of more than one class",

@@ -33,8 +33,8 @@ def softmax_axis(seen: Seen, found: Found) -> None:
         weights = some(attention.weights)
         found.place("attention", attention.place or seen.main.place, name)
         by_feature.append((name, float(attention.by_feature)))
-        if "mix" in attention.after:
-            continue  # learned mixtures of heads sum to what was learned
+        if {"mix", "dropout"} & {*attention.after}:
+            continue  # learned mixtures of heads sum to what was learned, noise to anything
         if "mask" in attention.after and bool(torch.isneginf(weights).any()):
             mask.append((name, 1.0))  # a fill of minus infinity belongs before the softmax
             continue

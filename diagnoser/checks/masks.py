@@ -80,6 +80,30 @@ def padding_mask(seen: Seen, found: Found) -> None:
     found.components("padded_query_hidden", queries)
 
 
+def padding_index(seen: Seen, found: Found) -> None:
+    """Finds an embedding that takes another token for padding than the batch has.
+
+    ``padding_index_content``: share of the tokens that are none of the batch's padding and that the
+    embedding has as its ``padding_idx``, whose vector never learns.
+
+    Source: torch.nn.Embedding, PyTorch documentation.
+    Cannot see: batches without padding that is recognised.
+    Costs: a comparison of one batch.
+    """
+    tokens, padding = seen.tokens, seen.padding
+    shares = []
+    for operation in seen.trace.named("embedding"):
+        index = operation.args[2] if len(operation.args) > 2 else -1  # noqa: PLR2004
+        indices = operation.inputs[1]
+        if not isinstance(index, int) or index < 0 or indices.numel() != tokens.numel():
+            continue
+        if torch.equal(indices.reshape(tokens.shape), tokens):
+            shares.append(float((tokens[~padding] == index).float().mean()))
+    if not shares:
+        raise MeasurementError("no embedding of the tokens has a padding index")
+    found.run("padding_index_content", max(shares))
+
+
 def mask_value(seen: Seen, found: Found) -> None:
     """Finds masks that do not hide, and rows in which everything is hidden.
 

@@ -12,6 +12,8 @@ from diagnoser.checks.calls import Call
 from diagnoser.checks.seen import Found, Seen
 from diagnoser.errors import MeasurementError
 
+DROPOUTS = frozenset({"native_dropout", "bernoulli", "_fused_dropout", "alpha_dropout"})
+
 
 def _mode_matters(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """The modules that do something else in eval mode, in the train mode that they should be in."""
@@ -54,6 +56,25 @@ def training_mode(seen: Seen, found: Found) -> None:
     in_eval = not call.training and all(not m.training for m in matters)
     found.run("trained_in_eval", float(in_eval))
     found.place("model", call.place)
+
+
+def dropout_in_eval(seen: Seen, found: Found) -> None:
+    """Finds dropout that is on in eval mode.
+
+    ``dropout_in_eval``: how many dropouts the forward makes in eval mode.
+
+    Source: torch.nn.functional.dropout and scaled_dot_product_attention, PyTorch documentation:
+    both drop whatever the mode of a module is, unless they are told.
+    Cannot see: models that are told their mode by an argument; dropout that is made of uniform
+    random numbers.
+    Costs: nothing beyond the trace.
+    """
+    given = [*seen.main.args, *seen.main.kwargs.values()]
+    if any(value is True for value in given):
+        raise MeasurementError("an argument may tell the model to train")
+    dropped = [o for o in seen.trace.operations if o.name in DROPOUTS]
+    found.run("dropout_in_eval", float(len(dropped)))
+    found.place("dropout", dropped[0].place if dropped else None)
 
 
 def scored_in_training(call: Call) -> bool | None:

@@ -74,6 +74,27 @@ def weight_decay(seen: Seen, found: Found) -> None:
         found.run("decayed_vectors", decayed / vectors)
 
 
+def averages(seen: Seen, found: Found) -> None:
+    """Finds averages of gradients that are longer than a run.
+
+    ``averaging_steps``: how many steps the longest first average of an optimizer goes back,
+    1 / (1 - momentum).
+
+    Source: Kingma and Ba 2015, 1412.6980, section 2.
+    Cannot see: an average that the script makes by itself.
+    Costs: a look at each group.
+    """
+    longest = 0.0
+    for *_, group in _groups(seen):
+        betas = group.get("betas")
+        first = betas[0] if betas else group.get("momentum", 0.0)
+        if 0.0 <= float(first) < 1.0:
+            longest = max(longest, 1.0 / (1.0 - float(first)))
+    if not longest:
+        raise MeasurementError("no optimizer has an average that ends")
+    found.run("averaging_steps", longest)
+
+
 def _by_layer(seen: Seen, values: Mapping[str, float]) -> Iterator[tuple[str, float]]:
     for name, value in values.items():
         layer = seen.layer_of([seen.parameters[name]])

@@ -196,8 +196,10 @@ def _value_products(
                 continue
             if consumer.index in seen:
                 continue
-            if consumer.name in SHAPE_ONLY or consumer.name in ("native_dropout", "bernoulli"):
+            if consumer.name in SHAPE_ONLY:
                 step = after
+            elif consumer.name == "native_dropout" or _is_dropped(trace, consumer, operation):
+                step = (*after, "dropout")
             elif consumer.name in ("mul", "div") and number is not None:
                 step = (*after, "scale")
             elif consumer.name in ("mul", "masked_fill", "where"):
@@ -206,6 +208,14 @@ def _value_products(
                 continue
             seen.add(consumer.index)
             queue.append((consumer, step))
+
+
+def _is_dropped(trace: Trace, product: Operation, weights: Operation) -> bool:
+    """Whether weights are multiplied by noise, as dropout does."""
+    others = [s for s in product.sources if s >= 0 and s != weights.index]
+    return product.name == "mul" and any(
+        made.name == "bernoulli" for s in others for made in trace.ancestors(trace.operations[s], 4)
+    )
 
 
 def _number_beside(operation: Operation) -> float | None:

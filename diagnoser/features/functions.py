@@ -301,6 +301,34 @@ def ever_reached(s: Source) -> Column:
     return Column.exact(np.where(np.maximum.accumulate(known, axis=1), ever, np.nan))
 
 
+def in_graph(s: Source) -> Column:
+    """1 once any parameter of the component had a gradient, be it zero."""
+    reached = s.component("reached").value
+    known = ~np.isnan(reached)
+    ever = np.maximum.accumulate(np.where(known, reached, 0.0) > 0, axis=1).astype(float)
+    return Column.exact(np.where(np.maximum.accumulate(known, axis=1), ever, np.nan))
+
+
+def layer_in_graph(s: Source) -> Column:
+    """The same of any component of the layer."""
+    own = in_graph(s).value
+    layers = np.array([s.layers[name] for name in s.names])
+    best = own.copy()
+    for layer in np.unique(layers):
+        of_layer = layers == layer
+        best[of_layer] = np.fmax.reduce(own[of_layer], axis=0)
+    return Column.exact(best)
+
+
+def highest_rate(s: Source) -> Column:
+    return Column.exact(np.fmax.accumulate(s.component("learning_rate").value, axis=1))
+
+
+def averaging_to_run(s: Source) -> Column:
+    steps = np.fmax.accumulate(s.run("averaging_steps").value, axis=1)
+    return Column.exact(quotient(steps, s.steps[np.newaxis].astype(float) + 1.0))
+
+
 def curvature_part(s: Source) -> Column:
     size = np.abs(s.component("update_curvature").value)
     total = np.nansum(size, axis=0, keepdims=True)

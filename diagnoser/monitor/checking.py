@@ -39,6 +39,7 @@ class Checking:
         self.memory: dict[str, Any] = {}
         self._log = log
         self._notes = interception.notes
+        self._optimizers = interception.books.optimizers
         self._record_all = record_all
         self._due: bool | None = None  # in the running step; asked before its forward
         self._placed: set[tuple[str, str]] = set()
@@ -87,6 +88,9 @@ class Checking:
             data = {"file": where.file, "line": where.line}
             self._log.fact(step, what, component, 1.0, data)
 
+    def _one_optimizer(self) -> bool:
+        return sum(1 for _ in self._optimizers) == 1
+
     def read_notes(self, sample: Sample) -> None:
         """Adds to a sample what the program did between backward and step, and to evaluate."""
         notes = self._notes
@@ -100,6 +104,8 @@ class Checking:
                     sample.run("clip_ratio", float(np.median(values)))
                     sample.run("clipped_share", float((values > 1.0).mean()))
             sample.run("clipped_scaled", notes.clips_scaled / notes.clips)
+            if self._one_optimizer():  # of several, one steps before another's are clipped
+                sample.run("clipped_late", notes.clips_late / notes.clips)
             self.place(sample.step, "clip", MODEL, notes.clip_place)
         if notes.scheduler_steps:
             sample.run("scheduler_first", float(notes.scheduler_first))

@@ -121,12 +121,15 @@ class Notes:
 
     ``clips`` counts calls of ``clip_grad_norm_``; ``clip_ratios`` are the last total norms over
     their limit, still on their device. ``clips_scaled`` counts those of gradients that a scaler had
-    not unscaled. ``scheduler_first`` says whether a schedule was advanced before any optimizer had
+    not unscaled, ``clips_late`` those behind a step and before the next backward.
+    ``scheduler_first`` says whether a schedule was advanced before any optimizer had
     stepped.
     """
 
     clips: int = 0
     clips_scaled: int = 0
+    clips_late: int = 0
+    stepped: bool = False  # since the last backward
     clip_ratios: list[Any] = field(default_factory=list)
     clip_place: Where | None = None
     scheduler_steps: int = 0
@@ -156,7 +159,7 @@ class Interception:
     def __enter__(self) -> Interception:
         if getattr(torch.autograd.backward, "_diagnoser", False):
             raise UsageError("training is watched already: leave the first watch before a second")
-        listener, books, thread = self._listener, self.books, self._thread
+        listener, books, notes, thread = self._listener, self.books, self.notes, self._thread
         original = torch.autograd.backward
 
         @functools.wraps(original)
@@ -167,13 +170,17 @@ class Interception:
                 return
             listener.before_backward(tensors)
             original(tensors, *args, **kwargs)
+            notes.stepped = False
             listener.after_backward()
 
         backward._diagnoser = True  # type: ignore[attr-defined]
         self._replace(torch.autograd, "backward", backward)
-        handle = register_optimizer_step_post_hook(
-            lambda optimizer, *_: listener.after_step(optimizer)
-        )
+
+        def stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            notes.stepped = True
+            listener.after_step(optimizer)
+
+        handle = register_optimizer_step_post_hook(stepped)
         self._undo.append(handle.remove)
         begin = register_optimizer_step_pre_hook(lambda *_: listener.before_step())
         self._undo.append(begin.remove)
@@ -233,6 +240,7 @@ class Interception:
             total = original(parameters, max_norm, *args, **kwargs)
             notes.clips += 1
             notes.clips_scaled += self._is_scaled()
+            notes.clips_late += notes.stepped
             notes.clip_place = notes.clip_place or user_line()
             if isinstance(total, Tensor) and isinstance(max_norm, int | float) and max_norm > 0:
                 notes.clip_ratios.append(total.detach() / max_norm)

@@ -8,6 +8,7 @@ good before anything is compiled: a compiler would take the wrappers into its gr
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable
@@ -147,12 +148,15 @@ class CallRecorder:
             self.leave_no_grad()
 
     def _loss_function(self, name: str, original: Any) -> Any:
+        names = tuple(inspect.signature(original).parameters)
+
         @functools.wraps(original)
         def loss(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             both = [*args, *(kwargs.get(k) for k in ("input", "target") if k in kwargs)][:2]
             if len(both) == 2 and all(isinstance(x, Tensor) for x in both):  # noqa: PLR2004
-                options = {k: v for k, v in kwargs.items() if k not in ("input", "target")}
+                given = dict(zip(names, args, strict=False)) | kwargs
+                options = {k: v for k, v in given.items() if k not in ("input", "target")}
                 scores, target = both
                 self._calls.losses.append(
                     LossCall(name, scores, target, options, output, user_line())

@@ -154,6 +154,9 @@ class Monitor:
     def before_step(self) -> None:
         """See `interception.Listener`."""
         self._in_step = True
+        if self._sample is not None and self._plan.statistics and self._backwards:
+            with self._guard("gradients"):
+                self._look_for_cleared(self._sample)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """See `interception.Listener`."""
@@ -553,6 +556,22 @@ class Monitor:
             if name in left
         ]
         sample.run("carried_gradients", sum(still) / len(still))
+
+    def _look_for_cleared(self, sample: Sample) -> None:
+        """Whether the gradients of the last backward are there when the optimizer steps."""
+        told = any(row.quantity == "cleared_gradients" for row in sample.rows)
+        if (
+            told or not sample.gradient or torch._C._current_graph_task_id() != -1
+        ):  # it steps within one
+            return
+        stepped = [
+            p for o in self._books.optimizers for group in o.param_groups for p in group["params"]
+        ]
+        there = (p.grad for p in (*sample.subject.parameters.values(), *stepped))
+        if any(g is not None and (g.is_sparse or bool(g.any())) for g in there):
+            sample.run("cleared_gradients", 0.0)
+        elif any(bool(g.any()) for g in sample.gradient.values()):
+            sample.run("cleared_gradients", 1.0)
 
     def _look_at_non_finite(self, loss: Tensor) -> None:
         """A loss that is not finite: its graph still shows where that was born."""
