@@ -15,7 +15,7 @@ from diagnoser.table import Array, Column
 
 EARLY_SAMPLES: Final = 3  # measurements that make a component's own early window
 SMOOTHED: Final = 3  # measurements of a moving median
-NEAR_THE_END: Final = 0.8  # of the run: a measurement before says nothing of its end
+NEAR_THE_END: Final = 0.7  # of the run: a measurement before says nothing of its end
 RESTING: Final = 0.05  # of its highest learning rate: below it hardly anything is learned
 
 
