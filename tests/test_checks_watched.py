@@ -113,6 +113,39 @@ def test_clipping_of_scaled_gradients_is_told_from_clipping_of_unscaled_ones(cli
     assert ("check:clipped-before-unscaling" in grave(watched)) == (clip == "plain")
 
 
+@pytest.mark.parametrize("order", ["clip step", "step clip"])
+def test_clipping_behind_the_step_is_told_from_clipping_before_it(order, tmp_path):
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    acts = {
+        "clip": lambda: nn.utils.clip_grad_norm_(model.parameters(), 1.0),
+        "step": optimizer.step,
+    }
+    with watch(model, optimizer, out=tmp_path / "run", verbose=False) as watched:
+        for _ in range(24):
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.randn(16, 4)), torch.arange(16) % 3).backward()
+            for act in order.split():
+                acts[act]()
+    assert set(series(watched, "clipped_late")) == {float(order == "step clip")}
+    assert ("check:clipped-too-late" in grave(watched)) == (order == "step clip")
+
+
+@pytest.mark.parametrize("order", ["zero back step", "back zero step", "zero step back"])
+def test_gradients_that_are_cleared_before_the_step_are_seen(order, tmp_path):
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer, out=tmp_path / "run", verbose=False) as watched:
+        for _ in range(24):
+            loss = F.cross_entropy(model(torch.randn(16, 4)), torch.arange(16) % 3)
+            acts = {"zero": optimizer.zero_grad, "back": loss.backward, "step": optimizer.step}
+            for act in order.split():
+                acts[act]()
+    right = order == "zero back step"
+    assert set(series(watched, "cleared_gradients")) == {float(not right)}
+    assert ("check:gradients-cleared-too-early" in grave(watched)) == (not right)
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_a_schedule_before_the_optimizer_is_told_from_one_behind_it(order, tmp_path):

@@ -228,6 +228,21 @@ KNOWN = {
         },
         {"a.query": [NAN, 0, 1, 1], "b.query": [0, 1, 1, 1], "head": [0, 0, 0, 0]},
     ),
+    "in_graph": case(
+        {"reached": {"a.query": [None, 0, 0.5, 0], "head": [0, 0]}},
+        {"a.query": [NAN, 0, 1, 1], "head": [0, 0, 0, 0]},
+    ),
+    "layer_in_graph": case(
+        {"reached": {"a.query": [0, 0, 1], "a.norm": [0, 0, 0], "head": [0, 0, 0]}},
+        {"a": [0, 0, 1], "a.query": [0, 0, 1], "a.norm": [0, 0, 1], "head": [0, 0, 0]},
+    ),
+    "had_rate": case(
+        {"learning_rate": {"head": [None, 0.0, 0.1, 0.0]}}, {"head": [NAN, 0.0, 1.0, 1.0]}
+    ),
+    "averaging_to_run": case(
+        CLOCK | {"averaging_steps": {"model": [10.0, None, None, None]}},
+        {"model": [10, 10 / 6, 10 / 11, 10 / 16]},
+    ),
     "moved": case(
         {"update_norm": {"head": [None, 0, 0.1, 0], "a.query": [0, None, 0, None]}},
         {"head": [NAN, 0, 1, 1], "a.query": [0, 0, 0, 0]},

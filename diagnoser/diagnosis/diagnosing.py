@@ -16,7 +16,7 @@ import numpy as np
 
 from diagnoser.classifier import EARLIER, Classifier, Vectors, say, vectors
 from diagnoser.diagnosis.merging import Claim, is_grave, ranked, reasons, votes_of
-from diagnoser.features import PROGRAM_NAMES, feature_tables
+from diagnoser.features import NOTED_NAMES, PROGRAM_NAMES, feature_tables
 from diagnoser.rules import (
     CHECKS_FAMILY,
     Judgement,
@@ -385,7 +385,8 @@ def _worth_saying(
         for fact in recording.facts
         if fact.name == "unknown"
     }
-    checked = not PROGRAM_NAMES.isdisjoint(recording.measurements.quantities)
+    of_checks = PROGRAM_NAMES - NOTED_NAMES
+    checked = not of_checks.isdisjoint(recording.measurements.quantities)
     if not checked and any(entry.rule in checks for entry in unknown):
         yield Unknown("checks", MODEL, (), "no step was checked: the program's calls were not seen")
     for entry in unknown:

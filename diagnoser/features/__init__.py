@@ -10,12 +10,13 @@ import numpy as np
 
 from diagnoser.features.catalogue import CATALOGUE, FEATURES
 from diagnoser.features.program import NAMES as PROGRAM_NAMES
+from diagnoser.features.program import NOTED as NOTED_NAMES
 from diagnoser.features.source import Source
 from diagnoser.runlog import Recording
 from diagnoser.table import Scope, Table
 from diagnoser.vocabulary import MODEL
 
-__all__ = ["CATALOGUE", "FEATURES", "PROGRAM_NAMES", "feature_tables"]
+__all__ = ["CATALOGUE", "FEATURES", "NOTED_NAMES", "PROGRAM_NAMES", "feature_tables"]
 
 
 def feature_tables(recording: Recording) -> dict[Scope, Table]:

@@ -365,11 +365,13 @@ FEATURES: Final[Mapping[str, Entry]] = {
             high=1,
         ),
         entry(
-            "highest_rate",
+            "had_rate",
             "component",
-            f.highest_rate,
+            f.had_rate,
             ("learning_rate",),
-            "highest learning rate so far",
+            "1 once the learning rate was above zero",
+            low=0,
+            high=1,
         ),
         entry(
             "moved",

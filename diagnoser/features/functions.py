@@ -320,8 +320,9 @@ def layer_in_graph(s: Source) -> Column:
     return Column.exact(best)
 
 
-def highest_rate(s: Source) -> Column:
-    return Column.exact(np.fmax.accumulate(s.component("learning_rate").value, axis=1))
+def had_rate(s: Source) -> Column:
+    highest = np.fmax.accumulate(s.component("learning_rate").value, axis=1)
+    return Column.exact(np.where(np.isnan(highest), np.nan, (highest > 0).astype(float)))
 
 
 def averaging_to_run(s: Source) -> Column:

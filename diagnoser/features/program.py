@@ -201,3 +201,8 @@ PROGRAM: Final[tuple[Quantity, ...]] = (
              "1 where a schedule was advanced before the optimizer had made a step", 1),
 )  # fmt: skip
 NAMES: Final = frozenset(quantity.name for quantity in PROGRAM)
+# Of these, what is measured on every sample and not on checked steps alone.
+NOTED: Final = frozenset({
+    "clip_ratio", "clipped_share", "clipped_scaled", "clipped_late", "cleared_gradients",
+    "scheduler_first", "scored_in_training", "label_classes", "batch_label_entropy",
+})  # fmt: skip
