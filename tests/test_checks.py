@@ -682,6 +682,15 @@ def test_targets_are_the_inputs_of_a_later_position(shift):
     assert numbers(checked(model, tokens, loss=loss, output=scores), "target_shift") == [shift]
 
 
+def test_targets_that_were_shifted_the_wrong_way_are_behind():
+    torch.manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (8, LENGTH))
+    scores = (model := LanguageModel(causal=True))(tokens[:, 1:])
+    loss = F.cross_entropy(scores.flatten(0, 1), tokens[:, :-1].flatten())
+    found = checked(model, tokens[:, 1:], loss=loss, output=scores)
+    assert numbers(found, "target_shift") == [-1]
+
+
 def test_targets_that_are_no_inputs_have_no_shift():
     torch.manual_seed(0)
     tokens, other = torch.randint(VOCABULARY, (2, 8, LENGTH))

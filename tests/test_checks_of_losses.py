@@ -189,3 +189,47 @@ def test_a_padding_index_that_is_a_word_is_told_from_one_that_is_padding(index):
     share = float((tokens[tokens != PADDING] == index).float().mean())
     assert only(found, "padding_index_content") == pytest.approx(share)
     assert (share > 0) == (index != PADDING)
+
+
+# -- scores and targets of positions -------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    """Tags for each token of the second input, which is longer than the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(VOCABULARY, WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, source, tokens):
+        return self.head(self.second(tokens) + self.first(source).mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("way", ["view", "transpose", "copy"])
+def test_scores_that_a_view_brought_into_shape_are_scrambled(way):
+    torch.manual_seed(0)
+    model, (tokens, _) = Tagger(), batch()
+    output, tags = model(tokens[:, :4], tokens), tokens % CLASSES
+    scores = {
+        "view": lambda: output.view(len(tokens), CLASSES, -1),
+        "transpose": lambda: output.transpose(1, 2),
+        "copy": lambda: output.permute(0, 2, 1).contiguous(),
+    }[way]()
+    value = F.cross_entropy(scores, tags)
+    call = LossCall("cross_entropy", scores, tags, {}, value, None)
+    found = checked(model, tokens[:, :4], tokens, output=output, loss=value, losses=[call])
+    assert only(found, "classes_scrambled") == float(way == "view")
+
+
+@pytest.mark.parametrize("ignored", [-100, PADDING])
+def test_padding_of_any_input_that_has_the_targets_positions_counts(ignored):
+    torch.manual_seed(0)
+    model, (tokens, _) = Tagger(), batch()
+    source = torch.randint(1, VOCABULARY, (len(tokens), 4))
+    tags = torch.where(tokens == PADDING, PADDING, 1 + tokens % (CLASSES - 1))
+    output = model(source, tokens)
+    value = F.cross_entropy(output.flatten(0, 1), tags.flatten(), ignore_index=ignored)
+    found = checked(model, source, tokens, output=output, loss=value)
+    share = float((tokens == PADDING).float().mean()) if ignored < 0 else 0.0
+    assert only(found, "padded_target_share") == pytest.approx(share)

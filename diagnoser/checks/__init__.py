@@ -49,7 +49,13 @@ CHECKS: Final[Mapping[str, Check]] = {
     "eval-mode": Check(modes.dropout_in_eval, ("dropout_in_eval",)),
     "class-loss": Check(
         class_losses.class_loss,
-        ("label_smoothing", "ignored_classes", "weighted_imbalance", "scores_cut"),
+        (
+            "label_smoothing",
+            "ignored_classes",
+            "weighted_imbalance",
+            "classes_scrambled",
+            "scores_cut",
+        ),
     ),
     "loss-direction": Check(class_losses.direction, ("loss_climbed",)),
     "scores-into-loss": Check(

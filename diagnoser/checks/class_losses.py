@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diagnoser.checks.calls import LossCall
+from diagnoser.checks.calls import LossCall, is_plain, tensors_of
 from diagnoser.checks.seen import Found, Seen
+from diagnoser.checks.trace import memory
 from diagnoser.errors import MeasurementError
 
 OF_CLASSES = ("cross_entropy", "nll_loss")
@@ -20,6 +21,8 @@ def class_loss(seen: Seen, found: Found) -> None:
     label, whose label is the index that the loss ignores, where that is one of the classes.
     ``weighted_imbalance``: largest share of the labels that a class has with its weight, less the
     largest that one has without: above zero where weights make classes less alike.
+    ``classes_scrambled``: 1 where the scores are what the model gives, in another shape, and the
+    classes came to the second axis by a view, not by a transpose.
     ``scores_cut``: share of the scores that are exactly zero where none is below: what a rectifier
     cuts off has no gradient.
 
@@ -40,6 +43,7 @@ def class_loss(seen: Seen, found: Found) -> None:
         found.run("scores_cut", max(cut))
     for call in calls:
         found.place("loss", call.place)
+    found.run("classes_scrambled", any(_is_scrambled(c.scores, seen) for c in calls))
     size = seen.batch
     alone = [c for c in calls if c.scores.ndim == 2 and tuple(c.target.shape) == (size,)]
     if alone:
@@ -47,6 +51,20 @@ def class_loss(seen: Seen, found: Found) -> None:
     weighted = [c for c in calls if isinstance(c.options.get("weight"), Tensor)]
     if weighted:
         found.run("weighted_imbalance", max(map(_imbalance, weighted)))
+
+
+def _is_scrambled(scores: Tensor, seen: Seen) -> bool:
+    if scores.ndim <= 2 or not is_plain(scores):  # noqa: PLR2004
+        return False
+    return any(
+        is_plain(output)
+        and output.shape != scores.shape
+        and output.ndim > 2  # noqa: PLR2004
+        and output.shape[-1] == scores.shape[1]
+        and memory(output) == memory(scores)
+        and scores.stride(1) != output.stride(-1)
+        for output in tensors_of(seen.main.output)
+    )
 
 
 def _cut(scores: Tensor) -> float:

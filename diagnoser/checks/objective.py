@@ -100,7 +100,7 @@ def labels_in_input(seen: Seen, found: Found) -> None:
     ``labels_in_input``: share of counted targets that equal the input of the same position: 1 where
     the labels of a language model were not shifted. ``target_shift``: by how many positions targets
     are ahead of inputs, where nearly all of them are: 2 where labels were shifted twice, by the
-    script and by a model that does so itself.
+    script and by a model that does so itself, below 0 where they were shifted the wrong way.
 
     Source: TransformerLens#1607, benchmark operator L3.
     Cannot see: leaks through anything but the integers that are embedded.
@@ -134,9 +134,10 @@ def _shift(tokens: Tensor, loss: Loss) -> int | None:
         return None
     wanted = target.reshape(n, -1)
     shares: dict[int, float] = {}
-    for shift in range(MOST_SHIFT + 1):
-        known = min(length - shift, wanted.shape[1])
-        own, ahead = wanted[:, :known], rows[:, shift : shift + known]
+    for shift in range(-MOST_SHIFT, MOST_SHIFT + 1):
+        start, begin = max(shift, 0), max(-shift, 0)
+        known = min(length - start, wanted.shape[1] - begin)
+        own, ahead = wanted[:, begin : begin + known], rows[:, start : start + known]
         same = (own == ahead)[own != loss.ignored] if loss.ignored is not None else own == ahead
         if same.numel() >= LEAST_LABELS:
             shares[shift] = float(same.float().mean())
@@ -162,14 +163,9 @@ def padded_targets(seen: Seen, found: Found) -> None:
     Costs: one comparison.
     """
     loss = _loss_with_target(seen, "nll")
-    target, padding = loss.target, seen.padding
+    target = loss.target
     assert target is not None
-    if target.numel() == padding.numel():
-        on_padding = padding
-    elif target.numel() == padding[:, 1:].numel():
-        on_padding = padding[:, 1:]
-    else:
-        raise MeasurementError("targets are not of the input's positions")
+    on_padding = _padding_at(seen, target)
     counted = target.reshape(-1) != loss.ignored if loss.ignored is not None else None
     where = on_padding.reshape(-1)
     share = where if counted is None else where[counted]
@@ -177,6 +173,18 @@ def padded_targets(seen: Seen, found: Found) -> None:
     if not share.numel():
         raise MeasurementError("the loss counts no target of this batch")
     found.run("padded_target_share", float(share.float().mean()))
+
+
+def _padding_at(seen: Seen, target: Tensor) -> Tensor:
+    """Which targets lie on padding of the first input that has as many positions."""
+    sized = [t.reshape(-1, t.shape[-1]) for t in seen.token_inputs]
+    for tokens in sized:
+        for kept in (tokens, tokens[:, 1:]):
+            if kept.numel() == target.numel():
+                return seen.padding_in(tokens)[:, -kept.shape[1] :]
+    if not sized:
+        raise MeasurementError("no input of integers (batch, length) is embedded")
+    raise MeasurementError("targets are not of the input's positions")
 
 
 def target_values(seen: Seen, found: Found) -> None:

@@ -210,7 +210,10 @@ class Seen:
         Raises:
             MeasurementError: There is none, or too little.
         """
-        tokens = self.tokens
+        return self.padding_in(self.tokens)
+
+    def padding_in(self, tokens: Tensor) -> Tensor:
+        """Returns which positions of some tokens are padding; see `padding`."""
         candidates = [0, int(tokens[0, -1]), int(tokens[0, 0]), *self._ends(tokens)]
         for operation in self.trace.named("embedding"):
             index = operation.args[2] if len(operation.args) > 2 else -1

@@ -138,7 +138,7 @@ PROGRAM: Final[tuple[Quantity, ...]] = (
              "entropy of the labels of a batch over that of all labels seen: about 1 where "
              "batches are drawn at random"),
     Quantity("target_shift", "run",
-             "by how many positions the targets are ahead of the inputs that they are"),
+             "by how many positions the targets are ahead of the inputs that they are", low=-2),
     Quantity("labels_in_input", "run",
              "share of the targets that equal the input of the same position", 1),
     Quantity("padded_target_share", "run",
@@ -164,6 +164,8 @@ PROGRAM: Final[tuple[Quantity, ...]] = (
     Quantity("weighted_imbalance", "run",
              "largest share of the labels that a class has with its weight, less the largest "
              "without", 1, -1),
+    Quantity("classes_scrambled", "run",
+             "1 where scores came into the shape of a loss by a view instead of a transpose", 1),
     Quantity("scores_cut", "run",
              "share of the scores of a cross-entropy that are exactly zero where none is below", 1),
     Quantity("loss_climbed", "run",
