@@ -60,6 +60,7 @@ evidence: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.controls watch --lot first
 	$(BIN)/python -m benchmarks.controls watch --lot second
 	$(BIN)/python -m benchmarks.controls watch --lot third
+	$(BIN)/python -m benchmarks.controls watch --lot fourth
 	$(BIN)/python -m benchmarks.odd_controls
 	$(BIN)/python -m benchmarks.check_cost
 	$(BIN)/python -m benchmarks.tables

@@ -56,7 +56,7 @@ from diagnoser.rules.loading import CauseName, Text
 from diagnoser.rules.strict_yaml import Document, read_document
 
 HARM: Final = FOLDER / "harm.json"
-Lot = Literal["first", "second", "third"]
+Lot = Literal["first", "second", "third", "fourth"]
 LOTS: Final[tuple[Lot, ...]] = get_args(Lot)
 PAIRS: Final = 12
 Model = TypeVar("Model", bound=BaseModel)

@@ -40,6 +40,7 @@ LOOKS: Final[Mapping[str, Look]] = {
     "mended": Look("second lot, mended since", "second", once=False),
     "third": Look("third lot, judged once", "third", once=True),
     "third-mended": Look("third lot, mended since", "third", once=False),
+    "fourth": Look("fourth lot, judged once", "fourth", once=True),
 }
 
 
@@ -320,8 +321,8 @@ def _source(finding: str) -> str:
 
 
 def summary() -> str:
-    """What came of both lots that were judged once."""
-    looks = {look: read(look) for look in ("second", "third")}
+    """What came of the lots that were judged once."""
+    looks = {look: read(look) for look in ("second", "third", "fourth")}
     found = {look: shares(*of) for look, of in looks.items()}
     alarms = {look: _alarms_by_script(*controls.read(look, once=True)) for look in looks}
     if not all(rows for *_, rows in looks.values()) or not all(alarms.values()):
@@ -335,7 +336,7 @@ def summary() -> str:
         }.items()
     ]
     lines.append(["healthy scripts called faulty", *(str(share(own)) for own in alarms.values())])
-    return table(["share [95 %], scripts", "second lot", "third lot"], lines)
+    return table(["share [95 %], scripts", *(f"{look} lot" for look in looks)], lines)
 
 
 def _alarms_by_script(

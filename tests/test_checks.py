@@ -1385,7 +1385,7 @@ def test_the_table_of_checks_and_the_catalogue_of_features_agree():
     measured = [q for check in every for q in check.quantities]
     elsewhere = {"clip_ratio", "clipped_share", "clipped_scaled", "scheduler_first"}
     elsewhere |= {"scored_in_training", "recomputed_otherwise"}
-    elsewhere |= {"clipped_late", "cleared_gradients"}
+    elsewhere |= {"clipped_late", "cleared_gradients", "lost_updates", "schedule_length"}
     assert len(measured) == len(set(measured))
     assert {quantity.name for quantity in PROGRAM} == set(measured) | elsewhere
 

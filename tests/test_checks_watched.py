@@ -154,6 +154,40 @@ def test_a_schedule_before_the_optimizer_is_told_from_one_behind_it(order, tmp_p
     assert ("check:schedule-before-optimizer" in grave(watched)) == (order == "before")
 
 
+@pytest.mark.parametrize("length", [4, 48])
+def test_a_cosine_that_is_gone_through_again_and_again_is_told_from_one_that_is_not(
+    length, tmp_path
+):
+    model = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, length)
+    with watch(model, optimizer, out=tmp_path / "run", verbose=False) as watched:
+        for _ in range(24):
+            optimizer.zero_grad()
+            F.cross_entropy(model(torch.randn(16, 4)), torch.arange(16) % 3).backward()
+            optimizer.step()
+            scheduler.step()
+    assert series(watched, "schedule_length")[-1] == pytest.approx(20 / length)
+    assert ("check:schedule-gone-through-again" in grave(watched)) == (length == 4)
+
+
+@pytest.mark.parametrize("rate", [1e-5, 1e-1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_steps_that_are_lost_in_rounding_are_counted(rate, dtype, tmp_path):
+    model = small().to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    with watch(model, optimizer, out=tmp_path / "run", verbose=False) as watched:
+        for _ in range(24):
+            optimizer.zero_grad()
+            x = torch.randn(16, 4, dtype=dtype)
+            F.cross_entropy(model(x).float(), torch.arange(16) % 3).backward()
+            optimizer.step()
+    lost = series(watched, "lost_updates", "3")
+    assert (lost == []) == (dtype == torch.float32)
+    small_steps = dtype == torch.bfloat16 and rate < 1e-3
+    assert ("check:updates-lost-in-rounding" in grave(watched)) == small_steps
+
+
 # -- evaluations -----------------------------------------------------------------------------------
 
 

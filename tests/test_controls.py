@@ -42,8 +42,8 @@ def test_every_script_has_its_file_and_the_lot_that_was_drawn():
     numbers = [control.number for control in known.values()]
     assert len(numbers) == len(set(numbers))
     drawn = read_draw(CONTROLS / "LOT")
-    assert sorted(drawn) == list(range(1, 103))
-    assert [list(drawn.values()).count(lot) for lot in LOTS] == [36, 36, 30]
+    assert sorted(drawn) == list(range(1, 127))
+    assert [list(drawn.values()).count(lot) for lot in LOTS] == [36, 36, 30, 24]
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,10 @@ PROGRAM: Final[tuple[Quantity, ...]] = (
              "share of clippings of gradients that a scaler had not unscaled", 1),
     Quantity("cleared_gradients", "run",
              "1 where all gradients of a backward are gone or zero when the optimizer steps", 1),
+    Quantity("lost_updates", "component",
+             "share of half-precision elements with a gradient that a step leaves as they were", 1),
+    Quantity("schedule_length", "run",
+             "how often the length of a cosine schedule was gone through"),
     Quantity("scheduler_first", "run",
              "1 where a schedule was advanced before the optimizer had made a step", 1),
 )  # fmt: skip
@@ -206,5 +210,6 @@ NAMES: Final = frozenset(quantity.name for quantity in PROGRAM)
 # Of these, what is measured on every sample and not on checked steps alone.
 NOTED: Final = frozenset({
     "clip_ratio", "clipped_share", "clipped_scaled", "clipped_late", "cleared_gradients",
-    "scheduler_first", "scored_in_training", "label_classes", "batch_label_entropy",
+    "scheduler_first", "schedule_length", "lost_updates", "scored_in_training", "label_classes",
+    "batch_label_entropy",
 })  # fmt: skip

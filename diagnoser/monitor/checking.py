@@ -109,6 +109,8 @@ class Checking:
             self.place(sample.step, "clip", MODEL, notes.clip_place)
         if notes.scheduler_steps:
             sample.run("scheduler_first", float(notes.scheduler_first))
+            if notes.schedule_length:
+                sample.run("schedule_length", notes.schedule_length)
             self.place(sample.step, "scheduler", MODEL, notes.scheduler_place)
         if evaluations:
             wrong = [where for _, in_training, where in evaluations if in_training]

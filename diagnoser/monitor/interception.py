@@ -122,8 +122,8 @@ class Notes:
     ``clips`` counts calls of ``clip_grad_norm_``; ``clip_ratios`` are the last total norms over
     their limit, still on their device. ``clips_scaled`` counts those of gradients that a scaler had
     not unscaled, ``clips_late`` those behind a step and before the next backward.
-    ``scheduler_first`` says whether a schedule was advanced before any optimizer had
-    stepped.
+    ``scheduler_first`` says whether a schedule was advanced before any optimizer had stepped,
+    ``schedule_length`` how often the longest cosine was gone through.
     """
 
     clips: int = 0
@@ -134,6 +134,7 @@ class Notes:
     clip_place: Where | None = None
     scheduler_steps: int = 0
     scheduler_first: bool = False
+    schedule_length: float = 0.0
     scheduler_place: Where | None = None
 
 
@@ -269,6 +270,11 @@ class Interception:
             self.notes.scheduler_first = True
             self.notes.scheduler_place = user_line()
         self.notes.scheduler_steps += 1
+        if type(scheduler) is torch.optim.lr_scheduler.CosineAnnealingLR and scheduler.T_max:
+            gone = scheduler.last_epoch / scheduler.T_max
+            self.notes.schedule_length = max(self.notes.schedule_length, gone)
+            if gone > 1:
+                self.notes.scheduler_place = self.notes.scheduler_place or user_line()
 
     def _note_calls(self) -> None:
         """Has calls recorded, and no compiler see that."""
