@@ -74,6 +74,7 @@ def test_scores_behind_a_rectifier_are_cut_off():
     assert only(of_loss(scores=F.relu), "scores_cut") > 0.2
     assert only(of_loss(scores=lambda x: x), "scores_cut") == 0.0
     assert only(of_loss(scores=F.softplus), "scores_cut") == 0.0
+    assert only(of_loss(scores=lambda x: 0 * x), "scores_cut") == 0.0  # a head that begins at zero
 
 
 def maximising(model):

@@ -68,7 +68,9 @@ def _is_scrambled(scores: Tensor, seen: Seen) -> bool:
 
 
 def _cut(scores: Tensor) -> float:
-    return float((scores == 0).float().mean()) if bool((scores >= 0).all()) else 0.0
+    """All zeros are those of a last layer that begins so."""
+    free = bool((scores < 0).any()) or not bool(scores.any())
+    return 0.0 if free else float((scores == 0).float().mean())
 
 
 def _counted(call: LossCall) -> Tensor:
