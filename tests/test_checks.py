@@ -1344,6 +1344,7 @@ def test_nested_tensors_losses_of_ones_own_and_no_module_at_all_end_in_reasons()
     )
     assert "no call of a module that is trained was seen" in found.unknown.values()
     assert {row.quantity for row in found.rows} <= {
+        "averaging_steps",
         "times_optimized",
         "decay_to_step",
         "twin_units",

@@ -234,3 +234,13 @@ def test_padding_of_any_input_that_has_the_targets_positions_counts(ignored):
     found = checked(model, source, tokens, output=output, loss=value)
     share = float((tokens == PADDING).float().mean()) if ignored < 0 else 0.0
     assert only(found, "padded_target_share") == pytest.approx(share)
+
+
+def test_inputs_of_one_position_have_no_padding():
+    torch.manual_seed(0)
+    model, tags = Tagger(), torch.arange(12).reshape(12, 1) % CLASSES
+    source, tokens = torch.randint(1, VOCABULARY, (12, 4)), torch.arange(12).reshape(12, 1) // 3
+    output = model(source, tokens)
+    value = F.cross_entropy(output.flatten(0, 1), tags.flatten())
+    found = checked(model, source, tokens, output=output, loss=value)
+    assert numbers(found, "padded_target_share") == []

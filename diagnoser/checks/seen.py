@@ -227,7 +227,8 @@ class Seen:
                 lengths = run.sum(1)
                 if torch.equal(run, where) and len(distinct(lengths)) > 1:
                     share = float(where.float().mean())
-                    if share >= LEAST_PADDED and bool((lengths < tokens.shape[1]).any()):
+                    in_part = (lengths > 0) & (lengths < tokens.shape[1])
+                    if share >= LEAST_PADDED and bool(in_part.any()):
                         return where
         raise MeasurementError("no padding was seen in the batch")
 
