@@ -54,6 +54,7 @@ evidence: $(VENV)/.stamp-test
 	$(PIP) --no-deps defaultplusplus==0.4.1
 	$(BIN)/python -m benchmarks.defaultplusplus
 	$(BIN)/python -m benchmarks.published_families
+	$(BIN)/python -m benchmarks.defaultplusplus_scripts
 	$(BIN)/python -m benchmarks.outcomes
 	$(BIN)/python -m benchmarks.reproductions harm
 	$(BIN)/python -m benchmarks.reproductions watch --lot all

@@ -16,7 +16,16 @@ from typing import Any, Final
 from benchmarks import controls, odd_controls
 from benchmarks.ablation_document import table
 from benchmarks.reproductions import HARM, Lot, Reproduction, load
-from benchmarks.reproductions_runs import PUBLISHED, ROOT, Row, current, read_rows, watched_path
+from benchmarks.reproductions_runs import (
+    DEFAULTPLUSPLUS,
+    PUBLISHED,
+    ROOT,
+    Row,
+    current,
+    read_rows,
+    watched_path,
+)
+from diagnoser.benchmark.harm import OK
 from diagnoser.benchmark.intervals import wilson
 from diagnoser.classifier import to_blame
 
@@ -171,6 +180,39 @@ def judges(look: str) -> str:
         found = shares(known, harms, own)
         lines.append([name, *(str(figure or "") for figure in found.values())])
     return table(["judge", *shares(known, harms, rows)], lines)
+
+
+def defaultplusplus() -> str:
+    """What DEFault++ says of the scripts that it accepts, and the diagnosis of the same ones."""
+    rows = read_rows(DEFAULTPLUSPLUS)
+    if not rows:
+        return NOT_YET
+    known: dict[str, Reproduction] = {}
+    harms: dict[str, Row] = {}
+    ours: list[Row] = []
+    for look in ("first", "second", "third", "fourth"):
+        lot, harms, watched = read(look)
+        known |= lot
+        ours += watched
+    theirs = current(rows, known)
+    broken = {row["script"] for row in theirs if row["status"] != OK}
+    accepted = {row["script"] for row in theirs} - broken
+    chosen = {name: known[name] for name in sorted(accepted)}
+    judged = {"DEFault++ 0.4.1": theirs, "diagnoser": ours}
+    found = {
+        judge: shares(chosen, harms, [row for row in own if row["script"] in accepted])
+        for judge, own in judged.items()
+    }
+    head = [name for name in next(iter(found.values())) if name != "right place"]  # it names none
+    lines = [[judge, *(str(own[name] or "") for name in head)] for judge, own in found.items()]
+    numbers = ", ".join(str(known[name].row) for name in sorted(accepted))
+    text = f"It accepts {len(accepted)} scripts, rows {numbers}"
+    reasons = {row["script"]: row["reason"] for row in theirs if row["script"] in broken}
+    if reasons:
+        text += "; not " + "; ".join(
+            f"{known[name].row} ({_plain(reason)})" for name, reason in sorted(reasons.items())
+        )
+    return f"{text}.\n\n{table(['judge', *head], lines)}"
 
 
 def counted(
@@ -356,6 +398,7 @@ BLOCKS: Final[Mapping[str, Callable[[], str]]] = {
     "healthy": healthy,
     "alarms": alarms,
     "odd": odd,
+    "defaultplusplus": defaultplusplus,
     **{f"{look} judges": functools.partial(judges, look) for look in LOOKS},
     **{f"{look} scripts": functools.partial(scripts, look) for look in LOOKS},
 }

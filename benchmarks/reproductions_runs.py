@@ -36,6 +36,7 @@ RESULTS: Final = ROOT / "benchmarks" / "results"
 # What was said when a lot was first opened, which no later run may overwrite.
 JUDGED_ONCE: Final = RESULTS / "judged-once"
 RUNS: Final = RESULTS / "reproductions-runs.json"
+DEFAULTPLUSPLUS: Final = RESULTS / "defaultplusplus-scripts.json"
 PUBLISHED: Final = tuple(family for family in FAMILIES if family not in DEFAULT_FAMILIES)
 FORMS: Final = ("faulty", "fixed")
 HEALTHY: Final = ("healthy",)
