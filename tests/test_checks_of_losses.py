@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from check_models import CLASSES, PADDING, VOCABULARY, WIDTH, Classifier, batch, checked, numbers
 from torch import nn
 
-from diagnoser.checks import LossCall
+from diagnoser.checks import Calls, LossCall, Seen, examine_often
 
 
 def of_loss(name="cross_entropy", *, scores=None, target=None, sign=1.0, optimizer=None, **options):
@@ -42,6 +42,17 @@ def test_samples_of_a_class_that_is_ignored_are_counted():
     assert only(of_loss(), "ignored_classes") == 0.0
     unlabelled = torch.where(labels == 1, -1, labels)  # a number that is no class is one on purpose
     assert only(of_loss(ignore_index=-1, target=unlabelled), "ignored_classes") == 0.0
+
+
+def test_labels_are_not_of_one_class_where_all_others_are_ignored():
+    torch.manual_seed(0)
+    model, (tokens, _) = Classifier(), batch()
+    labels = torch.arange(len(tokens)) % 2
+    output = model(tokens)
+    for ignored, classes in ((1, []), (-100, [2.0])):
+        loss = F.cross_entropy(output, labels, ignore_index=ignored)
+        seen = Seen(0, Calls(), loss, dict(model.named_parameters()), lambda _: None, [], {})
+        assert numbers(examine_often(seen), "label_classes") == classes
 
 
 def test_padding_that_is_ignored_is_no_class():

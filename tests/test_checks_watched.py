@@ -188,6 +188,34 @@ def test_steps_that_are_lost_in_rounding_are_counted(rate, dtype, tmp_path):
     assert ("check:updates-lost-in-rounding" in grave(watched)) == small_steps
 
 
+class WithMasters(torch.optim.Optimizer):
+    """Gradient descent on single-precision copies of what it is given."""
+
+    def __init__(self, parameters, rate):
+        super().__init__(parameters, {"lr": rate})
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            master = state.setdefault("master", parameter.detach().float().clone())
+            master.sub_(parameter.grad.float(), alpha=self.param_groups[0]["lr"])
+            parameter.copy_(master)
+
+
+def test_steps_on_master_weights_are_not_lost(tmp_path):
+    model = small().to(torch.bfloat16)
+    optimizer = WithMasters(list(model.parameters()), 1e-5)
+    with watch(model, optimizer, out=tmp_path / "run", verbose=False) as watched:
+        for _ in range(24):
+            optimizer.zero_grad()
+            x = torch.randn(16, 4, dtype=torch.bfloat16)
+            F.cross_entropy(model(x).float(), torch.arange(16) % 3).backward()
+            optimizer.step()
+    assert series(watched, "lost_updates", "3") == []
+    assert "check:updates-lost-in-rounding" not in grave(watched)
+
+
 # -- evaluations -----------------------------------------------------------------------------------
 
 

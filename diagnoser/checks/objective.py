@@ -76,11 +76,14 @@ def labels(seen: Seen, found: Found) -> None:
     loss = _loss_with_target(seen, "nll")
     target = loss.target
     assert target is not None
-    flat = target.reshape(-1)
-    flat = flat[flat != loss.ignored][:MOST_LABELS] if loss.ignored is not None else flat
+    every = target.reshape(-1)
+    flat = every[every != loss.ignored][:MOST_LABELS] if loss.ignored is not None else every
     if flat.is_floating_point() or not len(flat):
         raise MeasurementError("the loss is given no class labels")
     counts = Counter(flat.tolist())
+    others = (-1 if loss.ignored is None else loss.ignored) >= 0 and len(flat) < len(every)
+    if len(counts) == 1 and others and len(every) <= MOST_LABELS:
+        raise MeasurementError("the loss ignores all labels but those of one class")
     pooled: dict[int, int] = seen.memory.setdefault("labels", {})
     for value, count in counts.items():
         pooled[value] = pooled.get(value, 0) + count

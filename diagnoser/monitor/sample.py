@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -207,14 +207,14 @@ class Sample:
         rates = {n: rule.learning_rate for n, rule in rules.items()}
         self.components("learning_rate", subject.per_component(rates))
         self.components("moment_ratio", self._moment_ratio())
-        self._read_lost_updates(rates)
 
-    def _read_lost_updates(self, rates: Mapping[str, float]) -> None:
-        """Share of half-precision elements with a gradient that the step left as they were."""
+    def read_lost_updates(self, rounded: Collection[str]) -> None:
+        """Share of elements of some parameters with a gradient that the step left as they were."""
+        self.rows = [row for row in self.rows if row.quantity != "lost_updates"]
         stuck = {
             name: ((self.gradient[name] != 0) & (update == 0)).float()
             for name, update in self.update.items()
-            if update.dtype in HALF and name in self.gradient and rates.get(name, 0.0) > 0
+            if name in rounded and name in self.gradient
         }
         if stuck:
             self.components("lost_updates", nonzero_shares(self.subject.parts, stuck))
@@ -510,10 +510,8 @@ class Sample:
         self.rows.append(Measurement(self.step, quantity, component, scaled, other))
 
 
-HALF = (torch.float16, torch.bfloat16)
 _INTERACTION_QUANTITIES = {"coupling", "coupling_share", "block_curvature"}
 _GRADIENT_QUANTITIES = {"reached", "gradient_norm", "zero_share", "non_finite_gradient"}
 _UPDATE_QUANTITIES = {
     "optimized", "update_norm", "update_ratio", "learning_rate", "moment_ratio", "optimizers",
-    "lost_updates",
 }  # fmt: skip

@@ -21,6 +21,26 @@ TORCHS_OWN = frozenset(vars(nn.Module()))  # attributes that every module has
 Array = NDArray[np.float64]
 
 
+HALF = (torch.float16, torch.bfloat16)
+
+
+def is_rounded(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
+    """Whether an optimizer steps a half-precision parameter in place.
+
+    It does not where it keeps the same numbers in a wider type beside it (master weights).
+    """
+    if parameter.dtype not in HALF:
+        return False
+    kept = (
+        value
+        for value in optimizer.state.get(parameter, {}).values()
+        if isinstance(value, Tensor)
+        and value.dtype in (torch.float32, torch.float64)
+        and value.shape == parameter.shape
+    )
+    return not any(torch.equal(value.to(parameter.dtype), parameter.detach()) for value in kept)
+
+
 @dataclass(frozen=True)
 class StepRule:
     """How an optimizer turns a gradient into a step, as far as stability depends on it.

@@ -27,7 +27,14 @@ from diagnoser.monitor.live import LiveGraphs
 from diagnoser.monitor.quiet import quiet
 from diagnoser.monitor.sample import KnownEnds, Sample
 from diagnoser.monitor.schedule import SMALL_STEP_S, Plan, Schedule
-from diagnoser.monitor.subject import StepRule, Subject, coming_update, find_models, step_rules
+from diagnoser.monitor.subject import (
+    StepRule,
+    Subject,
+    coming_update,
+    find_models,
+    is_rounded,
+    step_rules,
+)
 from diagnoser.monitor.triggers import LossBand, MomentRatios, Trigger
 from diagnoser.runlog import RunLogWriter
 from diagnoser.statistics import GraphReading, read_graph, signed
@@ -526,6 +533,7 @@ class Monitor:
         subject = sample.subject
         rules: dict[str, StepRule] = {}
         optimized: dict[str, bool] = {}
+        rounded: set[str] = set()
         count = 0
         for optimizer in optimizers:
             count += 1
@@ -536,7 +544,11 @@ class Monitor:
                     for p in group["params"]
                     if id(p) in subject.name_of
                 }
+                if group.get("lr", 1.0):
+                    own = (p for p in group["params"] if is_rounded(optimizer, p))
+                    rounded |= {subject.name_of[id(p)] for p in own if id(p) in subject.name_of}
         sample.read_update(rules, optimized if count else None)
+        sample.read_lost_updates(rounded)
         sample.run("optimizers", float(len(self._steps_of)))
         if note_left and count == 1:  # with several, another one's loss may leave gradients here
             sample.left_gradients = {
