@@ -672,6 +672,27 @@ def test_the_future_is_hidden_from_a_model_of_the_next_input():
     assert numbers(hides, "needless_causal") == []
 
 
+class Padded(LanguageModel):
+    """Causal, with padding in front: whoever stands there sees nothing, and all of it evenly."""
+
+    def forward(self, tokens):
+        later = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
+        hidden = (later | (tokens == PADDING)[:, None, :]).repeat_interleave(4, 0)
+        mask = torch.zeros(hidden.shape).masked_fill(hidden, -1e9)
+        return self.head(self.encoder(self.embedding(tokens), mask=mask))
+
+
+def test_whoever_sees_nothing_does_not_see_the_future():
+    torch.manual_seed(0)
+    tokens = torch.randint(1, VOCABULARY, (8, LENGTH))
+    tokens[torch.arange(LENGTH) < torch.arange(8)[:, None] // 2] = PADDING
+    scores = (model := Padded(causal=True))(tokens)
+    loss = F.cross_entropy(
+        scores[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=PADDING
+    )
+    assert numbers(checked(model, tokens, loss=loss, output=scores), "future_weight") == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("shift", [0, 1, 2])
 def test_targets_are_the_inputs_of_a_later_position(shift):
     torch.manual_seed(0)
@@ -1027,6 +1048,62 @@ def test_an_attention_that_nothing_depends_on_is_unused(memory):
     found = checked(model, source, x, loss=loss, output=output)
     unused = {r.component: r.estimate.value for r in found.rows if r.quantity == "attention_unused"}
     assert unused == {"encoder": float(not memory), "own": 0.0, "cross": 0.0}
+
+
+class QueryStream(nn.Module):
+    """Content and query streams with the same weights; the last content goes nowhere (XLNet)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = (
+            nn.MultiheadAttention(WIDTH, 4, batch_first=True) for _ in range(2)
+        )
+        self.start, self.head = nn.Parameter(torch.zeros(1, 5, WIDTH)), nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, content):
+        query = self.start.expand_as(content)
+        for layer in (self.first, self.last):
+            query, content = (
+                query + layer(query, content, content)[0],
+                content + layer(content, content, content)[0],
+            )
+        return self.head(query.mean(1))
+
+
+def test_of_two_streams_with_the_same_weights_one_may_end():
+    torch.manual_seed(0)
+    found = checked(QueryStream(), torch.randn(6, 5, WIDTH), target=torch.arange(6) % CLASSES)
+    unused = {r.component: r.estimate.value for r in found.rows if r.quantity == "attention_unused"}
+    assert unused == {"first": 0.0, "last": 0.0}
+
+
+class Apart(nn.Module):
+    """Two encoders of one attention each, of which one has a sum around it, or two blocks."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+        for name in names:
+            self.add_module(name, nn.MultiheadAttention(WIDTH, 4, batch_first=True))
+        self.head = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+        self.out = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x):
+        one, other = (getattr(self, name) for name in self.names)
+        y = one(x, x, x)[0]
+        z = other(y, y, y)[0] + y
+        return self.out(self.head(z, z, z)[0].mean(1))
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"), [(("paths", "cells"), 0.0), (("layer0", "layer1"), 1.0)]
+)
+def test_a_residual_is_missing_beside_its_like_alone(names, missing):
+    torch.manual_seed(0)
+    found = checked(Apart(names), torch.randn(6, 5, WIDTH), target=torch.arange(6) % CLASSES)
+    told = {r.component: r.estimate.value for r in found.rows if r.quantity == "residual_missing"}
+    assert told[names[0]] == missing
+    assert told[names[1]] == 0.0
 
 
 @st.composite

@@ -55,6 +55,20 @@ def test_labels_are_not_of_one_class_where_all_others_are_ignored():
         assert numbers(examine_often(seen), "label_classes") == classes
 
 
+@pytest.mark.parametrize("sampled", [True, False])
+def test_the_first_of_sampled_candidates_is_no_class_of_labels(sampled):
+    torch.manual_seed(0)
+    model = nn.Linear(WIDTH, 7)
+    x, labels = torch.randn(12, WIDTH), torch.zeros(12, dtype=torch.long)
+    scores = model(x)
+    if sampled:  # the right one and ten others, as similarities
+        candidates = torch.cat([scores.unsqueeze(1), torch.randn(12, 10, 7)], 1)
+        scores = (candidates @ scores.unsqueeze(-1)).squeeze(-1)
+    loss = F.cross_entropy(scores, labels)
+    seen = Seen(0, Calls(), loss, dict(model.named_parameters()), lambda _: None, [], {})
+    assert numbers(examine_often(seen), "label_classes") == ([] if sampled else [1.0])
+
+
 def test_padding_that_is_ignored_is_no_class():
     model = nn.Sequential(nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, VOCABULARY))
     tokens, _ = batch()

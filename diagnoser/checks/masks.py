@@ -167,7 +167,10 @@ def causality(seen: Seen, found: Found) -> None:
             continue
         weights = some(attention.weights)
         length = weights.shape[-1]
-        later = weights.triu(1).sum(-1)[:, :-1]
+        later = weights.triu(1).sum(-1)
+        if attention.hidden is not None:  # a row that sees nothing is spread over everything
+            later = later.masked_fill(attention.hidden[: len(later)].all(-1), torch.nan)
+        later = later[:, :-1]
         later = later[torch.isfinite(later)]  # a row that is not finite shows nothing
         if not len(later):
             continue

@@ -87,6 +87,8 @@ def labels(seen: Seen, found: Found) -> None:
     pooled: dict[int, int] = seen.memory.setdefault("labels", {})
     for value, count in counts.items():
         pooled[value] = pooled.get(value, 0) + count
+    if len(pooled) == 1 and loss.scores is not None and not _has_head(seen, loss.scores):
+        raise MeasurementError("the classes are candidates: no layer of the model is as wide")
     entropies: list[float] = seen.memory.setdefault("label_entropies", [])
     entropies.append(_entropy(list(counts.values())))
     found.run("label_classes", float(len(pooled)))
@@ -95,6 +97,13 @@ def labels(seen: Seen, found: Found) -> None:
         expected = whole - (len(pooled) - 1) / (2 * len(flat))  # of a small sample (Miller 1955)
         if expected > 0.1 * whole:
             found.run("batch_label_entropy", sum(entropies) / len(entropies) / expected)
+
+
+def _has_head(seen: Seen, scores: Tensor) -> bool:
+    """Whether any parameter has as many rows as there are classes; sampled candidates have none."""
+    return scores.ndim > 1 and any(
+        scores.shape[1] in (p.shape[0], p.shape[-1]) for p in seen.parameters.values() if p.ndim
+    )
 
 
 def labels_in_input(seen: Seen, found: Found) -> None:

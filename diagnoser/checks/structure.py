@@ -123,10 +123,10 @@ def residuals(seen: Seen, found: Found) -> None:
     """Finds attention layers whose input does not go around them.
 
     ``residual_missing``: 1 where nothing that a self-attention was computed from is added to what
-    it gives before that is attended to again, although another attention of the model has such a
-    sum. ``residuals_absent``: 1 where no attention has, and two layers of one list follow each
-    other: networks that end sooner, or pool, do without. ``added_to_itself``: 1 where what it gives
-    is, where its input was meant.
+    it gives before that is attended to again, although another attention has such a sum, in the
+    same block or the same place of another. ``residuals_absent``: 1 where no attention has, and two
+    layers of one list follow each other: networks that end sooner, or pool, do without.
+    ``added_to_itself``: 1 where what it gives is, where its input was meant.
 
     Source: DEFault++ RRS, benchmark operator N3.
     Cannot see: models of one layer; other ways around (concatenation counts as one).
@@ -145,7 +145,12 @@ def residuals(seen: Seen, found: Found) -> None:
     )
     told = [(y.name, has) for y, has in zip(layers, around, strict=True) if y.attention.is_self]
     none = stacked and not any(around)
-    found.components("residual_missing", [(n, float(any(around) and not has)) for n, has in told])
+    others = [y.name for y, has in zip(layers, around, strict=True) if has]
+    missing = [
+        (name, float(not has and any(_is_alike(name, other) for other in others)))
+        for name, has in told
+    ]
+    found.components("residual_missing", missing)
     found.components("residuals_absent", [(name, float(none)) for name, _ in told])
 
 
@@ -163,7 +168,8 @@ def effect(seen: Seen, found: Found) -> None:
     """Finds attention whose result nothing takes.
 
     ``attention_unused``: 1 where neither the result nor the weights of an attention go into what
-    the model gives, as an encoder's that a decoder does not attend to.
+    the model gives, as an encoder's that a decoder does not attend to; of several with the same
+    weights (two streams), where none does.
 
     Source: attention-fault taxonomy (wrong source of keys and values).
     Cannot see: results that are kept in a module and used by a loss from there.
@@ -174,8 +180,15 @@ def effect(seen: Seen, found: Found) -> None:
     if not ends:
         raise MeasurementError("the model gives nothing that its forward computed")
     used = {operation.index for end in ends for operation in trace.ancestors(end)}
-    found.components(
-        "attention_unused", [(name, float(a.index not in used)) for name, a in seen.attentions]
+    unused = [(name, float(a.index not in used)) for name, a in seen.attentions]
+    found.components("attention_unused", unused, min)
+
+
+def _is_alike(name: str, other: str) -> bool:
+    """Whether two attentions are in one block, or in the same place of two."""
+    block = name.rpartition(".")[0]
+    return _numberless(name) == _numberless(other) or (
+        bool(block) and block == other.rpartition(".")[0]
     )
 
 
