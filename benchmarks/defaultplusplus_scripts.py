@@ -32,7 +32,7 @@ from benchmarks.reproductions import load
 from benchmarks.reproductions_runs import DEFAULTPLUSPLUS, Row, complete, execute, script_of, words
 from diagnoser.benchmark.harm import OK
 
-SEEDS: Final = 3
+SEEDS: Final = 1  # two trainings each, and it answers the same whatever the seed
 HUGGING_FACE: Final = ("from transformers import", "import transformers")
 BERTS: Final = (
     "bert",

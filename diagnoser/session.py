@@ -30,7 +30,7 @@ from diagnoser.report import finding_line, write_run
 from diagnoser.rules import Rule
 from diagnoser.runlog import Recording, RecordingBuilder, RunLogWriter
 from diagnoser.types import Diagnosis, Finding, Unknown
-from diagnoser.vocabulary import MODEL
+from diagnoser.vocabulary import MODEL, STOPPED
 
 SAID_AT_THE_END = 3  # events of the monitor
 SAID_KINDS = ("monitor_error", "unmeasurable", "curvature_method", "over_budget")
@@ -121,6 +121,7 @@ class Watch:
             if self._limit is not None and self._is_over(self._limit):
                 self._limit = None  # a script that catches everything goes on unchecked
                 self._monitor.check_finally(root)
+                self._log.fact(self._monitor.step, STOPPED, MODEL, 1.0, {})
                 raise Stopped
 
     def _is_over(self, limit: Limit) -> bool:

@@ -134,6 +134,9 @@ PLACES: Final[dict[str, str]] = {
 }
 
 
+STOPPED: Final = "stopped"  # a fact of a run that was watched for its first steps alone
+
+
 def severity_rank(severity: str) -> int:
     """Returns the position of a severity, higher is worse.
 

@@ -618,6 +618,13 @@ def values(series: Series, losses: Sequence[float]) -> dict[str, Any]:
     return {n: c.value for t in feature_tables(recording).values() for n, c in t.columns.items()}
 
 
+def test_a_run_that_was_stopped_after_its_first_steps_has_no_end() -> None:
+    of = {"clock": {"model": [0.0] * 4}}
+    for facts, last in (((), 1.0), ([("stopped", "", 0)], 0.0)):
+        run = made_recording(COMPONENTS, of, [1.0] * 16, facts=facts, ended=True)
+        assert feature_tables(run)["run"].columns["at_the_end"].value[0, -1] == last
+
+
 @settings(max_examples=25, deadline=None)
 @given(runs, st.integers(-20, 20))
 def test_the_unit_of_the_loss_does_not_matter(run: tuple[Series, list[float]], power: int) -> None:

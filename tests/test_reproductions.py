@@ -476,4 +476,4 @@ def test_the_document_is_one_that_is_held_against_the_results():
     blocks = tables.DOCUMENTS[reproductions_document.DOCUMENT]
     assert blocks is reproductions_document.BLOCKS
     looks = {f"{look} {what}" for look in LOOKS for what in ("judges", "scripts")}
-    assert set(blocks) == {"figures", "healthy", "alarms", "odd", *looks}
+    assert set(blocks) == {"figures", "healthy", "alarms", "odd", "defaultplusplus", *looks}

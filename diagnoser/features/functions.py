@@ -12,6 +12,7 @@ import numpy as np
 
 from diagnoser.features.source import INITIAL_LOSSES, LOSS_WINDOW, Source
 from diagnoser.table import Array, Column
+from diagnoser.vocabulary import STOPPED
 
 EARLY_SAMPLES: Final = 3  # measurements that make a component's own early window
 SMOOTHED: Final = 3  # measurements of a moving median
@@ -446,8 +447,13 @@ def rate_growth(s: Source) -> Column:
 
 
 def at_the_end(s: Source) -> Column:
-    """1 at the last measurement of a run that has ended, unless much of it came after; else 0."""
+    """1 at the last measurement of a run that has ended, unless much of it came after; else 0.
+
+    A run that was stopped after its first steps has no end that says anything.
+    """
     result = np.zeros((1, len(s.steps)))
+    if any(fact.name == STOPPED for fact in s.recording.facts):
+        return Column.exact(result)
     losses = s.recording.losses.step
     last = int(losses[-1]) if len(losses) else 0
     if len(s.steps) and s.recording.ending is not None and s.steps[-1] >= NEAR_THE_END * last:
