@@ -59,6 +59,7 @@ class Attached:
         self.output: Any = None
         self.loss: Tensor | None = None
         self._depth = 0
+        self._inside = False  # the tool itself calls the model
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -92,8 +93,6 @@ class Attached:
             handle.remove()
             torch.autograd.backward = backward
             del PreTrainedModel.__call__
-
-    _inside = False
 
     def _call(self, call: Any, model: Any, args: Any, kwargs: Any) -> Any:
         if self.extractor is None:

@@ -572,9 +572,8 @@ class Monitor:
     def _look_for_cleared(self, sample: Sample) -> None:
         """Whether the gradients of the last backward are there when the optimizer steps."""
         told = any(row.quantity == "cleared_gradients" for row in sample.rows)
-        if (
-            told or not sample.gradient or torch._C._current_graph_task_id() != -1
-        ):  # it steps within one
+        within = torch._C._current_graph_task_id() != -1  # it steps inside a backward
+        if told or within or not sample.gradient:
             return
         stepped = [
             p for o in self._books.optimizers for group in o.param_groups for p in group["params"]
