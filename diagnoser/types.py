@@ -181,6 +181,47 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True)
+class Arm:
+    """How a training went on for some steps: with a repair, without one, or before it.
+
+    ``loss`` is the mean training loss of the steps that are compared, ``evidence`` the comparisons
+    of the finding that was to be cured, as last measured, and ``firing`` the sources of all
+    findings of severity medium or more that held at the end (``rule:learning-rate-too-high``).
+    """
+
+    steps: int
+    loss: float
+    evidence: tuple[Evidence, ...] = ()
+    firing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A repair that was tried, what came of it, and whether it was kept.
+
+    ``actions`` are one or a few that belong together; ``derivation`` says where their numbers come
+    from and ``guarantee`` how arms were compared. ``difference`` is the loss with the repair minus
+    the loss without it, as a share of the latter: below zero is better. ``batches`` counts the
+    training's batches that the trial used up. ``after`` and ``twin`` are None where there were
+    none.
+    """
+
+    step: int
+    source: str  # of the finding
+    component: str
+    actions: tuple[Repair, ...]
+    derivation: str
+    guarantee: str
+    kept: bool
+    reason: str
+    before: Arm
+    after: Arm | None = None
+    twin: Arm | None = None
+    difference: Estimate | None = None
+    batches: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Diagnosis:
     """The merged answer. ``reason`` says in one sentence why the verdict is what it is."""
 
@@ -193,3 +234,4 @@ class Diagnosis:
     unknown: tuple[Unknown, ...]
     checked: tuple[Checked, ...]
     cost: Cost
+    repairs: tuple[Attempt, ...] = ()
