@@ -8,6 +8,7 @@
     │   └── DamagedRunError     readable in no part
     ├── RuleError           a rule file that cannot be used (path:line:column in the text)
     ├── MeasurementError    a quantity that cannot be measured here, and why
+    ├── RepairError         a repair that cannot be applied or tried here, and why
     ├── InjectionError      a fault that cannot be injected here, or changed more than it says
     ├── ClassifierError     a classifier file that cannot be used, or runs too few to learn from
     └── BenchmarkError      a benchmark result that cannot be used, or a run that cannot be made
@@ -61,3 +62,7 @@ class ClassifierError(DiagnoserError):
 
 class BenchmarkError(DiagnoserError):
     """A benchmark result that cannot be used, or a run that cannot be made."""
+
+
+class RepairError(DiagnoserError):
+    """A repair that cannot be applied or tried here; the text says why."""

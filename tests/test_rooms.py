@@ -16,7 +16,7 @@ ROOT = Path(diagnoser.__file__).parent
 
 ROWS = (
     {"vocabulary", "types", "table", "errors"},
-    {"runlog", "components", "cases"},
+    {"runlog", "components", "cases", "stepping"},
     {"features", "rules", "classifier", "curvature", "statistics"},
     {"checks"},
     {"diagnosis", "report", "monitor", "repair", "injection"},
