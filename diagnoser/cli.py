@@ -86,6 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_judges(run)
     run.add_argument(
+        "--repair",
+        choices=("off", "suggest", "apply"),
+        default="off",
+        help="try repairs of what is found in copies of the process and keep one only if it helped "
+        "(apply), or say what would be tried (suggest); default: off, which changes nothing",
+    )
+    _add_strategy(run)
+    run.add_argument(
         "--exit-verdict",
         action="store_true",
         help=verdict_help,
@@ -208,6 +216,16 @@ def _add_judges(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_strategy(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--strategy",
+        choices=("diagnoser", "autotrainer"),
+        default="diagnoser",
+        help="how repairs are chosen: by measurements and trials, or AutoTrainer's published order "
+        "until no symptom is left (default: diagnoser)",
+    )
+
+
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = commands.add_parser(
         "bench",
@@ -296,6 +314,7 @@ def _add_bench_options(action: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from diagnoser.launch import run_script
+    from diagnoser.session import strategy_named
 
     outcome = run_script(
         arguments.script,
@@ -305,6 +324,8 @@ def _run(arguments: argparse.Namespace) -> int:
         every=arguments.every,
         rules=arguments.rules,
         classifier=arguments.classifier,
+        repair=arguments.repair,
+        strategy=strategy_named(arguments.strategy),
     )
     return _end_of_run(outcome, exit_verdict=arguments.exit_verdict)
 

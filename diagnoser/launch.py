@@ -20,6 +20,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 from diagnoser.errors import DiagnoserError, UsageError
+from diagnoser.repair_loop import DIAGNOSER, Mode, Strategy
 from diagnoser.session import Limit, Stopped, Watch, to_stderr
 from diagnoser.types import Diagnosis
 
@@ -46,6 +47,8 @@ def run_script(
     rules: Path | str | None = None,
     classifier: Path | str | None = None,
     limit: Limit | None = None,
+    repair: Mode = "off",
+    strategy: Strategy = DIAGNOSER,
 ) -> Outcome:
     """Runs a script to its end and diagnoses what was seen, however it ended.
 
@@ -58,6 +61,8 @@ def run_script(
         rules: See `session.watch`.
         classifier: See `session.watch`.
         limit: When to stop the script, after some more checks; None lets it run to its end.
+        repair: See `session.watch`.
+        strategy: How repairs are chosen.
 
     Raises:
         UsageError: There is no such script, or it is not Python. Nothing has run then.
@@ -77,10 +82,13 @@ def run_script(
         header=header,
         announce=to_stderr(),
         limit=limit,
+        repair=repair,
+        strategy=strategy,
     )
     process = os.getpid()
     with watch:
         exit_code = _run_as_main(code, str(script), arguments)
+        watch.end_trial(exit_code)
         if os.getpid() != process:  # a forked child that ran to the end of the script
             sys.exit(exit_code)
         watch.finish(exit_code)

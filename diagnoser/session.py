@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,14 @@ from diagnoser.errors import (
     UsageError,
 )
 from diagnoser.monitor import EVERYTHING, Interception, Monitor, Schedule
+from diagnoser.repair_loop import (
+    DIAGNOSER,
+    STRATEGIES,
+    Mode,
+    ScriptRepairs,
+    Strategy,
+    firing_now,
+)
 from diagnoser.report import finding_line, write_run
 from diagnoser.rules import Rule
 from diagnoser.runlog import Recording, RecordingBuilder, RunLogWriter
@@ -78,11 +86,15 @@ class Watch:
         header: Mapping[str, Any] | None = None,
         announce: Callable[[str], None] | None = None,
         limit: Limit | None = None,
+        repair: Mode = "off",
+        strategy: Strategy = DIAGNOSER,
     ) -> None:
         if not 0.0 <= overhead <= 100.0:
             raise UsageError(f"overhead={overhead}: a share of training time, 0.10 for 10 %")
         if every is not None and every < 2:
             raise UsageError(f"every={every}: a measurement takes two steps; give 2 or more")
+        if repair not in get_args(Mode):
+            raise UsageError(f"repair={repair!r}: give off, suggest or apply")
         _check_at(at, every)
         self.directory: Path | None = None
         self._off = switched_off()
@@ -111,6 +123,12 @@ class Watch:
             on_measured=self._look_for_findings,
             record_all=limit is not None,
         )
+        self._repairs: ScriptRepairs | None = None
+        if repair != "off":
+            self._repairs = ScriptRepairs(
+                self._monitor, self._log, self._rules, self.directory, self._say, strategy,
+                tries=repair == "apply",
+            )  # fmt: skip
 
     # The interception talks to the watch, which passes on only what its own process does.
 
@@ -118,6 +136,8 @@ class Watch:
         """See `interception.Listener`."""
         if os.getpid() == self._process:
             self._monitor.before_backward(root)
+            if self._repairs is not None and self._monitor.step == 0:
+                self._repairs.begins()
             if self._limit is not None and self._is_over(self._limit):
                 self._limit = None  # a script that catches everything goes on unchecked
                 self._monitor.check_finally(root)
@@ -141,6 +161,10 @@ class Watch:
         """See `interception.Listener`."""
         if os.getpid() == self._process:
             self._monitor.after_step(optimizer)
+            if self._repairs is not None:
+                self._repairs.step_made(optimizer)
+                if self._repairs.is_child:  # a trial: this process goes on, and says nothing
+                    self._process, self._announce = os.getpid(), None
 
     def __enter__(self) -> Self:
         if not self._off:
@@ -155,6 +179,7 @@ class Watch:
     ) -> None:
         if self._off or os.getpid() != self._process:
             return
+        self.end_trial(None if kind is None else 1)
         self._interception.__exit__()
         self.finish(None if kind is None else 1)
 
@@ -162,6 +187,7 @@ class Watch:
         """Ends the log, once; nothing is recorded afterwards."""
         if self._off or self._finished:
             return
+        self.end_trial(exit_code)
         self._finished = True
         if self._monitor.subject is None and self._monitor.step == 0:
             self._log.event(0, "nothing_seen", self._why_nothing(), {})
@@ -171,6 +197,11 @@ class Watch:
         self._log.close()
         if self._log.failure is not None:
             self._say(f"diagnoser: {self._log.failure}")
+
+    def end_trial(self, exit_code: int | None) -> None:
+        """Ends this process where it is a trial: what follows a training is no business of it."""
+        if self._repairs is not None and self._repairs.is_child:
+            self._repairs.end_child(exit_code)
 
     def _worth_saying(self) -> list[str]:
         """What the monitor could not do, or did beyond its budget; each once, the first three."""
@@ -228,13 +259,19 @@ class Watch:
         The monitor is told what is suspected, and its schedule that something is.
         """
         allowed = ANNOUNCING_SHARE * self._schedule.training_s
-        if self._announce is None:  # nobody waits for the first ones
+        if self._repairs is not None:  # every measurement may be the one to act on
+            if self._repairs.is_child:
+                return
+        elif self._announce is None:  # nobody waits for the first ones
             if max(self._looked_s, LOOK_S) > allowed:
                 return
         elif self._looks > 1 and self._looked_s > allowed:
             return
         start = time.perf_counter()
-        diagnosis = diagnose(self._log.recording(), self._rules)
+        recording = self._log.recording()
+        diagnosis = diagnose(recording, self._rules)
+        if self._repairs is not None:
+            self._repairs.found(firing_now(recording, diagnosis.findings))
         self._monitor.suspect(
             finding.component for finding in diagnosis.findings if finding.component != MODEL
         )
@@ -318,6 +355,8 @@ def watch(
     at: Mapping[int, Collection[str]] | None = None,
     rules: Path | str | None = None,
     classifier: Path | str | None = None,
+    repair: Mode = "off",
+    strategy: str = "diagnoser",
     verbose: bool = True,
 ) -> Watch:
     """Watches a training loop that does not change.
@@ -355,6 +394,11 @@ def watch(
         rules: A directory of rules, or the name of a shipped family; ``off`` for none.
         classifier: A file that `classifier.save` wrote instead of the shipped one; ``off`` for
             none. Findings that are printed on the way are those of the rules.
+        repair: ``apply`` tries repairs of what is found, beside the training as it is, and keeps
+            one only if it helped; ``suggest`` says what would be tried. ``off`` leaves the training
+            alone.
+        strategy: How repairs are chosen: ``diagnoser``, or ``autotrainer`` for its published order
+            and criterion.
         verbose: Print findings to stderr as they appear.
 
     Raises:
@@ -388,7 +432,20 @@ def watch(
         rules=rules,
         classifier=classifier,
         announce=to_stderr() if verbose else None,
+        repair=repair,
+        strategy=strategy_named(strategy),
     )
+
+
+def strategy_named(name: str) -> Strategy:
+    """Returns how repairs are chosen, by its name.
+
+    Raises:
+        UsageError: There is no such strategy.
+    """
+    if name not in STRATEGIES:
+        raise UsageError(f"no strategy '{name[:40]}'; there is {', '.join(STRATEGIES)}")
+    return STRATEGIES[name]
 
 
 __all__ = ["DiagnoserError", "RunLogError", "Watch", "switched_off", "to_stderr", "watch"]

@@ -11,7 +11,7 @@ it knows stays what it was, and the optimizer's state, which is kept by paramete
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -59,6 +59,7 @@ class _Standing:
     """An optimizer's adjustments, and during a step the script's own groups."""
 
     adjustments: list[Adjustment]
+    active: list[Adjustment] = field(default_factory=list)  # of the step that is being made
     own: list[Group] | None = None
     split: list[tuple[Group, Group]] | None = None  # (a copy, the group it is of)
 
@@ -101,12 +102,20 @@ def groups_of_step(optimizer: torch.optim.Optimizer) -> list[Group]:
     return [group for group, _ in _split(optimizer.param_groups, standing.adjustments)]
 
 
+def settle(optimizer: torch.optim.Optimizer) -> None:
+    """Puts the script's own groups back at the end of a step, before other hooks on it do."""
+    standing = _STANDING.get(optimizer)
+    if standing is not None:
+        _put_back(optimizer, standing)
+
+
 def _before(optimizer: torch.optim.Optimizer, *_: object) -> None:
     standing = _STANDING.get(optimizer)
     if standing is None:
         return
     _put_back(optimizer, standing)  # a step that raised left its groups behind
-    for adjustment in standing.adjustments:
+    standing.active = list(standing.adjustments)
+    for adjustment in standing.active:
         adjustment.before(optimizer)
     standing.split = _split(optimizer.param_groups, standing.adjustments)
     standing.own = list(optimizer.param_groups)
@@ -118,7 +127,8 @@ def _after(optimizer: torch.optim.Optimizer, *_: object) -> None:
     if standing is None:
         return
     _put_back(optimizer, standing)
-    for adjustment in standing.adjustments:
+    active, standing.active = standing.active, []
+    for adjustment in active:
         adjustment.after()
 
 

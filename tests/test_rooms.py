@@ -20,7 +20,8 @@ ROWS = (
     {"features", "rules", "classifier", "curvature", "statistics"},
     {"checks"},
     {"diagnosis", "report", "monitor", "repair", "injection"},
-    {"session", "repair_loop"},
+    {"repair_loop"},
+    {"session"},
     {"launch", "integrations", "benchmark"},
     {"cli"},
 )

@@ -11,7 +11,7 @@ on credit, and later ones wait until it is paid for.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 GUARANTEED_STATISTICS = (0, 2, 5, 10, 20, 35, 50, 75, 100, 125, 150, 175, 198)
@@ -29,6 +29,7 @@ SMALL_STEP_CHECKS_S = 150e-6  # a step
 FIRST_STAGE = 0.5  # of the budget, before the first alarm
 TURNS = ("sample", "spectrum", "sample", "interaction")  # after it
 FIRST_GUESS = {"statistics": 2.0, "sample": 4.0, "spectrum": 40.0, "interaction": 30.0}  # steps
+STATISTICS_ALONE = "statistics"  # a forced sample without curvature
 EVERYTHING = ("spectrum", "interaction", "norms")  # beside what every sample measures
 
 
@@ -109,7 +110,7 @@ class Schedule:
                 step,
                 Plan(
                     follow=True,
-                    curvature=True,
+                    curvature=STATISTICS_ALONE not in turns,
                     spectrum="spectrum" in turns,
                     interaction="interaction" in turns,
                     norms="norms" in turns,
@@ -138,6 +139,12 @@ class Schedule:
                 interaction=turn == "interaction",
             ),  # fmt: skip
         )
+
+    def measure_at(self, steps: Iterable[int]) -> None:
+        """From now on forces samples at these steps alone: statistics, the last with curvature."""
+        *earlier, last = steps
+        self.every = None
+        self.at = {**dict.fromkeys(earlier, (STATISTICS_ALONE,)), last: ()}
 
     def _forced_at(self, step: int) -> Collection[str] | None:
         if self.every is None:

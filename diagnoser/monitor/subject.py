@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diagnoser.components import free_component, layers_of, parameters_of, split_components
 from diagnoser.statistics import PartList
+from diagnoser.stepping import groups_of_step
 from diagnoser.types import Component
 
 TORCHS_OWN = frozenset(vars(nn.Module()))  # attributes that every module has
@@ -159,7 +160,7 @@ def _fan_in_of(parameters: Mapping[str, Tensor], components: Sequence[Component]
 def step_rules(optimizer: torch.optim.Optimizer, name_of: Mapping[int, str]) -> dict[str, StepRule]:
     """Reads an optimizer's groups and state: how it steps every parameter it has."""
     rules: dict[str, StepRule] = {}
-    for group in optimizer.param_groups:
+    for group in groups_of_step(optimizer):
         rate = float(group["lr"]) if "lr" in group else float("nan")
         betas = group.get("betas")
         momentum = float(group.get("momentum", 0.0) or 0.0)
@@ -200,7 +201,7 @@ def coming_update(
     if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         return None
     update: dict[str, Tensor] = {}
-    for group in optimizer.param_groups:
+    for group in groups_of_step(optimizer):
         if group.get("maximize") or group.get("differentiable"):
             return None
         for parameter in group["params"]:

@@ -113,6 +113,7 @@ class Monitor:
         self._right = self._counted = 0
         self._steps_of: dict[int, int] = {}
         self._stepped: set[int] = set()  # optimizers, in the running step
+        self._stepped_before: set[int] = set()  # and in the one before
         self._left: list[tuple[Tensor, int, int]] = []  # see `_gradients_were_cleared`
         self._looks_at_non_finite = 0
 
@@ -120,7 +121,7 @@ class Monitor:
 
     def before_backward(self, root: Any) -> None:
         """See `interception.Listener`."""
-        with self._guard("backward"):
+        with self.guard("backward"):
             if self._step_is_over():
                 self._end_step()
                 self._book()  # under the plan of the step that ended
@@ -144,7 +145,7 @@ class Monitor:
         self._checking.prepare(self.step + 1, self.schedule, first=self._backwards == 1)
         if self._steps_of and (self._sample is None or not self._plan):
             return
-        with self._guard("gradients"):
+        with self.guard("gradients"):
             if not self._steps_of:
                 self._left = [
                     (p, id(p.grad), p.grad._version)
@@ -162,13 +163,13 @@ class Monitor:
         """See `interception.Listener`."""
         self._in_step = True
         if self._sample is not None and self._plan.statistics and self._backwards:
-            with self._guard("gradients"):
+            with self.guard("gradients"):
                 self._look_for_cleared(self._sample)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """See `interception.Listener`."""
         self._in_step = False
-        with self._guard("update"):
+        with self.guard("update"):
             self._books.optimizers.add(optimizer)  # it may be older than the watch
             key = id(optimizer)
             # One that appears or comes back late (a second phase, the next fold) counts from here.
@@ -239,7 +240,7 @@ class Monitor:
         if sample is not None and self._plan.follow:
             self._write(sample)
         self._last_backwards, self._backwards = self._backwards, 0
-        self._stepped.clear()
+        self._stepped_before, self._stepped = self._stepped, set()
         self.step += 1
 
     def _write(self, sample: Sample) -> None:
@@ -268,7 +269,7 @@ class Monitor:
     def finish(self, exit_code: int | None) -> None:
         """Ends the log; what was measured of an unfinished sample is kept."""
         self._live.stop()
-        with self._guard("finish"):
+        with self.guard("finish"):
             if self._backwards:
                 self._end_step()
             self._write_losses()
@@ -384,7 +385,7 @@ class Monitor:
 
     def check_finally(self, loss: Any) -> None:
         """Runs all checks once more, and those that train a copy, on the step that has begun."""
-        with self._guard("checks"):
+        with self.guard("checks"):
             if isinstance(loss, Tensor) and self._checking.calls is not None:
                 self._check(loss, examine)
                 self._check(loss, examine_before)
@@ -627,6 +628,16 @@ class Monitor:
             self.log.fact(self.step, "optimizer", MODEL, 1.0, data)
         self._checking.place(self.step, "backward", MODEL, user_line())
 
+    @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """All that step what is watched."""
+        return tuple(self._optimizers())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all optimizers that made the last step have made this one, too."""
+        return self._stepped >= self._stepped_before
+
     def _optimizers(self) -> Iterator[torch.optim.Optimizer]:
         if self._optimizer is not None:
             yield self._optimizer
@@ -639,7 +650,7 @@ class Monitor:
         modules = {id(m): m for m in (*subject.modules, *self._books.modules)}
         return quiet(self._books, modules.values(), list(subject.parameters.values()))
 
-    def _guard(self, what: str) -> _Guard:
+    def guard(self, what: str) -> _Guard:
         """Times our own work and turns our own failures into events."""
         return _Guard(self, what)
 
@@ -676,7 +687,7 @@ class Monitor:
 
 
 class _Guard:
-    """See `Monitor._guard`; a class, as every step passes two of them and generators are slower."""
+    """See `Monitor.guard`; a class, as every step passes two of them and generators are slower."""
 
     __slots__ = ("_monitor", "_what")
 

@@ -151,12 +151,22 @@ def until(tables: Tables, step: int) -> dict[Scope, Table]:
     shorter: dict[Scope, Table] = {}
     for scope, table in tables.items():
         end = int(np.searchsorted(table.steps, step, side="right"))
-        columns = {name: _until(column, end) for name, column in table.columns.items()}
+        columns = {name: _cut(column, slice(end)) for name, column in table.columns.items()}
         shorter[scope] = Table(scope, table.steps[:end], table.subjects, columns, table.kinds)
     return shorter
 
 
-def _until(column: Column, end: int) -> Column:
+def since(tables: Tables, step: int) -> dict[Scope, Table]:
+    """Returns the tables without what was measured before a step."""
+    later: dict[Scope, Table] = {}
+    for scope, table in tables.items():
+        first = int(np.searchsorted(table.steps, step))
+        columns = {name: _cut(column, slice(first, None)) for name, column in table.columns.items()}
+        later[scope] = Table(scope, table.steps[first:], table.subjects, columns, table.kinds)
+    return later
+
+
+def _cut(column: Column, part: slice) -> Column:
     if is_exact(column):
-        return Column.exact(column.value[:, :end])
-    return Column(column.value[:, :end], column.lower[:, :end], column.upper[:, :end])
+        return Column.exact(column.value[:, part])
+    return Column(column.value[:, part], column.lower[:, part], column.upper[:, part])

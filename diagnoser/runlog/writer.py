@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -147,6 +148,21 @@ class RunLogWriter:
         """Returns the recording so far: what `read_run` would read from the log now."""
         self._write()
         return self._builder.recording()
+
+    def continue_in(self, directory: Path) -> None:
+        """Goes on in another directory, in a fork: what was recorded so far is copied there.
+
+        Raises:
+            RunLogError: It cannot be written.
+        """
+        self._process = os.getpid()
+        earlier = self.path
+        self.path = directory.absolute() / LOG_FILE
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(earlier, self.path)
+        except OSError as error:
+            raise RunLogError(self._trouble(error)) from error
 
     def close(self) -> None:
         """Writes what waits; later calls do nothing."""

@@ -1,0 +1,259 @@
+"""One round of the loop: plans are tried beside the unrepaired training, the best one is kept.
+
+Nothing here trains: `round_of_trials` is a generator that asks for continuations and is given what
+they came to, so that the same decisions are made for a script whose process is forked, for a loop
+in code that is put back to a snapshot, and in tests for recordings made by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Generator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from diagnoser.repair_loop.comparing import (
+    Continuation,
+    Judged,
+    before,
+    continuation,
+    judge,
+    trial_steps,
+)
+from diagnoser.repair_loop.planning import MOST_PLANS, Plan, Situation, plans
+from diagnoser.rules import Rule
+from diagnoser.runlog import Recording
+from diagnoser.types import Attempt, Finding, Repair
+
+BUDGET: Final = (400, 2)  # steps of a round's trials, and how many more for each step made so far
+LONGER: Final = 2  # times as long, for weights that have to be learned again
+LATENT: Final = ("register_parameters", "unfreeze")  # what they mend, a loss need not show
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Asks for a continuation of ``steps`` steps; without actions it is the unrepaired twin."""
+
+    actions: tuple[Repair, ...]
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What a trial came to: the run so far with its steps behind it.
+
+    ``problem`` says why it did not get to its end, ``batches`` how many of the training's batches
+    it used up.
+    """
+
+    recording: Recording | None
+    problem: str = ""
+    batches: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    """How plans are found and judged.
+
+    Attributes:
+        name: As ``--strategy`` spells it.
+        plans: From what is known to what is tried, in order.
+        judge: Whether a repaired continuation is kept, given the twin, the source of the finding
+            and whether its defect is latent; None: the first plan that can be applied is kept
+            without a trial.
+        best: The best of all plans is kept; otherwise the first that is worth keeping.
+    """
+
+    name: str
+    plans: Callable[[Situation], Sequence[Plan]] = plans
+    judge: Callable[..., Judged] | None = judge
+    best: bool = True
+
+
+def _without_symptoms(
+    repaired: Continuation, twin: Continuation, source: str, *, latent: bool = False
+) -> Judged:
+    """AutoTrainer's criterion: no symptom is left at the end of a retraining."""
+    del twin, source, latent
+    if repaired.problem:
+        return Judged(False, repaired.problem, None)
+    left = ", ".join(repaired.arm.firing)
+    return Judged(not left, f"symptoms left: {left}" if left else "no symptom is left", None)
+
+
+DIAGNOSER: Final = Strategy("diagnoser")
+AUTOTRAINER: Final = Strategy("autotrainer", judge=_without_symptoms, best=False)
+STRATEGIES: Final = {strategy.name: strategy for strategy in (DIAGNOSER, AUTOTRAINER)}
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a round came to; ``plan`` is what is kept."""
+
+    attempts: tuple[Attempt, ...]
+    plan: Plan | None = None
+    problem: str = ""  # why nothing could be compared
+
+
+Trials = Generator[Trial, Ran, Decision]
+
+
+def round_of_trials(
+    situation: Situation,
+    rules: Sequence[Rule],
+    tried: Collection[object],
+    guarantee: str,
+    strategy: Strategy = DIAGNOSER,
+) -> Trials:
+    """Tries the plans of a situation and decides; see the module.
+
+    Args:
+        situation: What was found, and what is known.
+        rules: What is looked for in every continuation.
+        tried: Keys of plans that were tried before; none is tried twice.
+        guarantee: How continuations are compared here, in one sentence.
+        strategy: How plans are found and judged.
+    """
+    left = [plan for plan in strategy.plans(situation) if plan.key not in tried]
+    if not left:
+        return Decision((), None, "no repair is left to try")
+    steps, why = trial_steps(situation.recording.losses.value)
+    affordable = (BUDGET[0] + BUDGET[1] * situation.step) // steps - 1
+    left = left[: max(min(MOST_PLANS, affordable), 1)]
+    arms = _Arms(situation, rules, strategy, f"{guarantee}; {why}", left)
+    yield from arms.run(steps)
+    if arms.problem:
+        return Decision((), None, arms.problem)
+    if not arms.kept:
+        left = [result.plan for result in arms.results if _may_come(result)]
+        if left:
+            yield from arms.run(LONGER * steps, left)
+    return arms.decision()
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    plan: Plan
+    came_to: Continuation
+    judged: Judged
+    twin: Continuation
+    batches: int
+
+
+def _may_come(result: _Result) -> bool:
+    return result.plan.redraws and result.judged.catching_up
+
+
+class _Arms:
+    """The continuations of a round."""
+
+    def __init__(
+        self,
+        situation: Situation,
+        rules: Sequence[Rule],
+        strategy: Strategy,
+        guarantee: str,
+        left: Sequence[Plan],
+    ) -> None:
+        self._situation, self._rules, self._strategy = situation, rules, strategy
+        self._guarantee, self._left = guarantee, left
+        self.results: list[_Result] = []
+        self.problem = ""
+
+    @property
+    def kept(self) -> list[_Result]:
+        """What is worth keeping, the best first."""
+        worth = [result for result in self.results if result.judged.keep]
+        return sorted(worth, key=_gain) if self._strategy.best else worth
+
+    def run(self, steps: int, left: Sequence[Plan] = ()) -> Generator[Trial, Ran, None]:
+        """Makes the twin and the repaired continuations; the results replace earlier ones."""
+        unrepaired = yield Trial((), steps)
+        twins: dict[str, Continuation] = {}  # by the finding that is looked at
+        for plan in left or self._left:
+            if plan.source not in twins:
+                twins[plan.source] = self._read(unrepaired, plan)
+            twin = twins[plan.source]
+            if twin.problem and len(twin.losses) < steps // 2 and not twin.diverged:
+                self.problem = f"the training cannot be continued for a trial: {twin.problem}"
+                return
+            ran = yield Trial(plan.actions, steps)
+            came_to = self._read(ran, plan)
+            assert self._strategy.judge is not None
+            judged = self._strategy.judge(
+                came_to, twin, plan.source, latent=any(a.name in LATENT for a in plan.actions)
+            )
+            self.results = [r for r in self.results if r.plan is not plan]
+            self.results.append(_Result(plan, came_to, judged, twin, ran.batches))
+            if judged.keep and not self._strategy.best:
+                return
+
+    def _read(self, ran: Ran, plan: Plan) -> Continuation:
+        first = self._situation.step + 1
+        findings = self._about(plan)
+        if ran.recording is None:
+            nothing = self._situation.recording
+            return continuation(nothing, first, self._rules, findings, ran.problem or "it failed")
+        return continuation(ran.recording, first, self._rules, findings, ran.problem)
+
+    def _about(self, plan: Plan) -> list[Finding]:
+        """Returns all findings, those that a plan is for first."""
+        return sorted(self._situation.findings, key=lambda f: f.source != plan.source)
+
+    def decision(self) -> Decision:
+        """Says what is kept, and writes every attempt down."""
+        best = self.kept[0] if self.kept else None
+        attempts = []
+        for result in self.results:
+            kept = result is best
+            reason = result.judged.reason
+            if result.judged.keep and not kept and best is not None:
+                reason = f"{reason}; {_named(best.plan)} did better"
+            plan = result.plan
+            attempts.append(
+                Attempt(
+                    step=self._situation.step,
+                    source=plan.source,
+                    component=plan.component,
+                    actions=plan.actions,
+                    derivation=plan.derivation,
+                    guarantee=self._guarantee,
+                    kept=kept,
+                    reason=reason,
+                    before=before(
+                        self._situation.recording,
+                        self._about(plan),
+                        result.twin.arm.steps,
+                    ),
+                    after=result.came_to.arm,
+                    twin=result.twin.arm,
+                    difference=result.judged.difference,
+                    batches=result.batches,
+                )
+            )
+        return Decision(tuple(attempts), best.plan if best is not None else None)
+
+
+def _named(plan: Plan) -> str:
+    return " and ".join(action.name for action in plan.actions)
+
+
+def _gain(result: _Result) -> tuple[float, int]:
+    found = result.judged.difference
+    value = found.value if found is not None and math.isfinite(found.value) else 0.0
+    return round(value, 3), len(result.plan.actions)
+
+
+def kept_without_trial(plan: Plan, situation: Situation) -> Attempt:
+    """Returns what is written down of a plan that a strategy keeps without looking."""
+    return Attempt(
+        step=situation.step,
+        source=plan.source,
+        component=plan.component,
+        actions=plan.actions,
+        derivation=plan.derivation,
+        guarantee="none: it was not compared with anything",
+        kept=True,
+        reason="the strategy keeps it without a trial",
+        before=before(situation.recording, situation.findings, 2),
+    )

@@ -1,0 +1,261 @@
+"""Repairs in a running script: when the loop is asked, by whom it is tried, what is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, NoReturn
+
+import torch
+
+from diagnoser.diagnosis import attempt_data, is_grave
+from diagnoser.errors import DiagnoserError, RepairError
+from diagnoser.features import feature_tables
+from diagnoser.monitor import Monitor
+from diagnoser.repair import ACTIONS, Applied, Live, Snapshot, apply
+from diagnoser.repair_loop.forks import GUARANTEE, Forks, why_not
+from diagnoser.repair_loop.loop import (
+    DIAGNOSER,
+    Decision,
+    Strategy,
+    kept_without_trial,
+    round_of_trials,
+)
+from diagnoser.repair_loop.planning import Situation
+from diagnoser.rules import Rule
+from diagnoser.runlog import Recording, RunLogWriter
+from diagnoser.stepping import settle
+from diagnoser.types import Attempt, Finding, Repair
+
+Mode = Literal["off", "suggest", "apply"]
+MOST_ROUNDS: Final = 4  # of trials, in a run
+SETTLING: Final = 20  # steps after a round before the next
+HEALTHY_KEPT: Final = 3  # last states from before any finding, beside the first of all
+HEALTHY_APART: Final = 10  # steps between two of them
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    step: int
+    snapshot: Snapshot
+
+
+class ScriptRepairs:
+    """Tries and keeps repairs of the training that a monitor watches.
+
+    Args:
+        monitor: The training's.
+        log: Its log; every attempt stands there.
+        rules: What is looked for.
+        directory: Of the run; trials and snapshots that do not fit into memory go there.
+        say: Prints a line.
+        strategy: How plans are found and judged.
+        tries: Whether anything is tried; otherwise it is only said what would be.
+    """
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        log: RunLogWriter,
+        rules: Sequence[Rule],
+        directory: Path,
+        say: Callable[[str], None],
+        strategy: Strategy = DIAGNOSER,
+        *,
+        tries: bool = True,
+    ) -> None:
+        self._tries = tries
+        self._monitor, self._log, self._rules = monitor, log, rules
+        self._directory, self._say, self._strategy = directory, say, strategy
+        self._forks = Forks(monitor, log, directory / "trials", lambda: monitor.schedule.step_s)
+        self._healthy: list[_Kept] = []
+        self._no_snapshots = ""
+        self._tried: set[object] = set()
+        self._applied: list[Applied] = []
+        self._findings: tuple[Finding, ...] = ()
+        self._rounds = 0
+        self._not_before = 0
+        self._refused = ""
+        self.seconds = 0.0
+
+    @property
+    def is_child(self) -> bool:
+        """Whether this process is a trial that goes on with the script for some steps."""
+        return self._forks.is_child
+
+    def end_child(self, exit_code: int | None) -> NoReturn:
+        """Ends a trial whose script has ended."""
+        self._forks.end(exit_code)
+
+    def found(self, findings: Sequence[Finding]) -> None:
+        """Is told what holds at the last measurement."""
+        self._findings = tuple(f for f in findings if is_grave(f.severity))
+
+    def begins(self) -> None:
+        """Is called before the first step: the first state of all is kept."""
+        if not self._healthy and self._monitor.subject is not None:
+            self._keep(-1)
+
+    def step_made(self, optimizer: torch.optim.Optimizer) -> None:
+        """Is called after every step of an optimizer."""
+        if not self._monitor.is_complete:
+            return
+        if self._forks.is_child:
+            self._forks.step_made()
+            return
+        step = self._monitor.step
+        if not self._findings:
+            if step - self._healthy[-1].step >= HEALTHY_APART if self._healthy else False:
+                self._keep(step)
+            return
+        if self._rounds >= MOST_ROUNDS or step < self._not_before or self._refused:
+            return
+        if not any(r.name in ACTIONS for f in self._findings for r in f.repairs):
+            return
+        begun = time.perf_counter()
+        try:
+            with self._monitor.guard("repair"):
+                settle(optimizer)
+                self._round(step)
+        finally:
+            self.seconds += time.perf_counter() - begun
+
+    # -- one round -------------------------------------------------------------------------------
+
+    def _round(self, step: int) -> None:
+        live = self._live()
+        since = min(f.since_step for f in self._findings)
+        healthy = [kept for kept in self._healthy if kept.step < max(since, 0)]
+        live.healthy = healthy[-1].snapshot if healthy else None
+        recording = self._log.recording()
+        situation = Situation(
+            self._findings,
+            recording,
+            feature_tables(recording),
+            step,
+            healthy[-1].step + 1 if healthy else None,
+        )
+        if not self._tries:
+            self._suggest(situation)
+            return
+        if self._strategy.judge is None:
+            self._without_trial(live, situation)
+            self._rounds = MOST_ROUNDS
+            return
+        refusal = why_not(live)
+        if refusal:
+            self._refuse(refusal)
+            return
+        self._say(f"diagnoser: step {step}: trying repairs in copies of this process")
+        decision = self._decide(live, situation)
+        if decision is None:
+            return  # a child, which goes on with the script
+        self._rounds += 1
+        self._not_before = step + SETTLING
+        self._findings = ()
+        if decision.problem:
+            self._log.event(step, "repairs", decision.problem, {})
+            self._say(f"diagnoser: step {step}: {decision.problem}")
+        for attempt in decision.attempts:
+            self._note(attempt)
+        if decision.plan is not None:
+            self._applied.append(apply(live, decision.plan.actions))
+            self._healthy.clear()
+
+    def _suggest(self, situation: Situation) -> None:
+        """Says, once for each finding, what would be tried first."""
+        for plan in self._strategy.plans(situation):
+            if plan.source not in self._tried:
+                self._tried.add(plan.source)
+                what = " and ".join(_spelled(action) for action in plan.actions)
+                self._say(
+                    f"diagnoser: step {situation.step}: --repair apply would try {what} first "
+                    f"({plan.derivation})"
+                )
+
+    def _decide(self, live: Live, situation: Situation) -> Decision | None:
+        trials = round_of_trials(situation, self._rules, self._tried, GUARANTEE, self._strategy)
+        try:
+            trial = next(trials)
+            while True:
+                ran = self._forks.run(live, trial)
+                if ran is None:
+                    return None
+                trial = trials.send(ran)
+        except StopIteration as stop:
+            decision: Decision = stop.value
+        for attempt in decision.attempts:
+            self._tried.add(_key(attempt.actions))
+        return decision
+
+    def _without_trial(self, live: Live, situation: Situation) -> None:
+        for plan in self._strategy.plans(situation):
+            try:
+                self._applied.append(apply(live, plan.actions))
+            except RepairError:
+                continue
+            self._note(kept_without_trial(plan, situation))
+            return
+
+    def _note(self, attempt: Attempt) -> None:
+        self._log.event(attempt.step, "repair", attempt.reason, attempt_data(attempt))
+        what = " and ".join(map(_spelled, attempt.actions))
+        came = "kept" if attempt.kept else "not kept"
+        self._say(f"diagnoser: step {attempt.step}: {came}: {what}: {attempt.reason}")
+
+    def _refuse(self, why: str) -> None:
+        self._refused = why
+        self._log.event(self._monitor.step, "repairs", f"no repair is tried: {why}", {})
+        self._say(f"diagnoser: no repair is tried: {why}")
+
+    # -- states to go back to --------------------------------------------------------------------
+
+    def _live(self) -> Live:
+        subject = self._monitor.subject
+        assert subject is not None
+        named = {id(p) for model in subject.models.values() for p in model.parameters()}
+        return Live(
+            subject.models,
+            self._monitor.optimizers,
+            free={n: p for n, p in subject.parameters.items() if id(p) not in named},
+            components=(*subject.components, *subject.layers),
+        )
+
+    def _keep(self, step: int) -> None:
+        if self._no_snapshots:
+            return
+        with self._monitor.guard("snapshot"):
+            try:
+                snapshot = Snapshot.take(self._live(), self._directory / "snapshots")
+            except DiagnoserError as error:
+                self._no_snapshots = str(error)
+                self._log.event(max(step, 0), "repairs", str(error), {})
+                return
+            self._healthy.append(_Kept(step, snapshot))
+            if len(self._healthy) > HEALTHY_KEPT + 1:
+                self._healthy.pop(1).snapshot.discard()
+
+
+def _spelled(action: Repair) -> str:
+    numbers = ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in action.parameters.items()
+    )
+    return f"{action.name} in {action.component}{f' ({numbers})' if numbers else ''}"
+
+
+def _key(actions: Sequence[Repair]) -> object:
+    return tuple((a.name, a.component, tuple(sorted(a.parameters.items()))) for a in actions)
+
+
+def firing_now(recording: Recording, findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    """Returns the findings whose comparisons held at the last measurement or two before it."""
+    steps = sorted({int(step) for step in recording.measured.step})
+    recent = steps[-3] if len(steps) >= 3 else 0
+    return tuple(
+        finding
+        for finding in findings
+        if not finding.evidence or max(e.steps[1] for e in finding.evidence) >= recent
+    )
