@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 
 from diagnoser.report import ReportComponent, ReportData
 from diagnoser.types import (
+    Arm,
+    Attempt,
     Cause,
     Checked,
     Cost,
     Diagnosis,
+    Estimate,
     Evidence,
     Finding,
     RankedCause,
@@ -143,6 +146,65 @@ def healthy_diagnosis() -> Diagnosis:
     )
 
 
+SAME_BATCHES = "both from the same state, on the same 20 batches in the same order"
+OTHER_BATCHES = "from the same state, but on other batches: the error holds their noise"
+
+
+def arm(loss: float, sharpness: float, step: int, *firing: str) -> Arm:
+    measured = replace(
+        SHARPNESS.evidence[0], observed=sharpness, steps=(step, step), batch_std_error=None
+    )
+    update = replace(SHARPNESS.evidence[1], observed=sharpness / 175, steps=(step, step))
+    return Arm(20, loss, (measured, update), firing)
+
+
+LOWERED = Attempt(
+    step=160,
+    source=SHARPNESS.source,
+    component=PROJECTION,
+    actions=(
+        Repair("roll_back", PROJECTION),
+        Repair("scale_learning_rate", PROJECTION, {"factor": 0.01}),
+    ),
+    derivation="2 / 14.2, and once more by 10: the largest factor at which no step overshoots",
+    guarantee=SAME_BATCHES,
+    kept=True,
+    reason="the finding is gone, and the loss is lower by more than twice its error",
+    before=arm(1.12, 14.2, 160, SHARPNESS.source, COLLAPSE.source),
+    after=arm(0.412, 0.31, 180),
+    twin=arm(1.131, 13.8, 180, SHARPNESS.source, COLLAPSE.source),
+    difference=Estimate(-0.6357, 0.041, None, 20, "paired"),
+    batches=20,
+)
+TEMPERED = replace(
+    LOWERED,
+    step=140,
+    component=CONTEXT,
+    source=COLLAPSE.source,
+    actions=(Repair("temper_attention", CONTEXT, {"factor": 0.5}),),
+    derivation="half",
+    kept=False,
+    reason="the finding still holds",
+    after=arm(1.109, 14.0, 160, SHARPNESS.source, COLLAPSE.source),
+    difference=Estimate(-0.0195, 0.012, 0.03, 20, "paired"),
+)
+FAILED = replace(
+    TEMPERED,
+    step=130,
+    actions=(Repair("clip_gradient", "model", {"max_norm": 1.0}),),
+    guarantee=OTHER_BATCHES,
+    reason="the loss is no number any more",
+    after=Arm(3, math.nan),
+    twin=None,
+    difference=None,
+    batches=3,
+)
+
+
+def repaired_diagnosis() -> Diagnosis:
+    return replace(han_diagnosis(), repairs=(FAILED, TEMPERED, LOWERED))
+
+
 HAN_COMPONENTS = (
     ReportComponent("embedding", "embedding", "embedding"),
     ReportComponent("word_rnn.weight_ih", "recurrent", "word_rnn"),
@@ -225,6 +287,40 @@ repairs = st.builds(
     component=names,
     parameters=st.dictionaries(names, floats | names, max_size=3),
 )
+evidences = st.builds(
+    Evidence,
+    feature=names,
+    observed=floats,
+    comparison=st.sampled_from([">", ">=", "<", "<=", "==", "!="]),
+    threshold=floats,
+    steps=st.tuples(steps, steps),
+    std_error=errors,
+    batch_std_error=errors,
+    method=names,
+)
+arms = st.builds(
+    Arm,
+    steps=steps,
+    loss=floats,
+    evidence=st.lists(evidences, max_size=2).map(tuple),
+    firing=st.lists(names, max_size=2).map(tuple),
+)
+attempts = st.builds(
+    Attempt,
+    step=steps,
+    source=names,
+    component=names,
+    actions=st.lists(repairs, max_size=2).map(tuple),
+    derivation=names,
+    guarantee=names,
+    kept=st.booleans(),
+    reason=names,
+    before=arms,
+    after=st.none() | arms,
+    twin=st.none() | arms,
+    difference=st.none() | st.builds(Estimate, floats, errors, errors, counts, names, names),
+    batches=steps,
+)
 findings = st.builds(
     Finding,
     fault=st.sampled_from(sorted(FAULTS)),
@@ -236,20 +332,7 @@ findings = st.builds(
     causes=st.lists(
         st.builds(Cause, st.sampled_from(sorted(CAUSE_CATEGORY)), probabilities), max_size=3
     ).map(tuple),
-    evidence=st.lists(
-        st.builds(
-            Evidence,
-            feature=names,
-            observed=floats,
-            comparison=st.sampled_from([">", ">=", "<", "<=", "==", "!="]),
-            threshold=floats,
-            steps=st.tuples(steps, steps),
-            std_error=errors,
-            batch_std_error=errors,
-            method=names,
-        ),
-        max_size=3,
-    ).map(tuple),
+    evidence=st.lists(evidences, max_size=3).map(tuple),
     repairs=st.lists(repairs, max_size=3).map(tuple),
     other=st.none() | names,
     probability=probabilities,
@@ -274,4 +357,5 @@ diagnoses = st.builds(
     ).map(tuple),
     checked=st.lists(st.builds(Checked, names, names, steps, steps), max_size=3).map(tuple),
     cost=st.builds(Cost, steps, steps, floats, floats),
+    repairs=st.lists(attempts, max_size=3).map(tuple),
 )

@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 from report_examples import (
     HOSTILE,
+    LOWERED,
     PROJECTION,
     SHARPNESS,
     diagnoses,
     han_diagnosis,
     healthy_diagnosis,
+    repaired_diagnosis,
     report_data,
 )
 
@@ -43,7 +45,7 @@ from diagnoser.report.drawing import (
     scale_of,
 )
 from diagnoser.runlog import RunLogWriter, read_run
-from diagnoser.types import Component, Cost, Estimate, Measurement, RankedCause
+from diagnoser.types import Arm, Component, Cost, Estimate, Measurement, RankedCause, Repair
 
 VOID = {"meta", "img", "br", "input", "link", "hr"}
 
@@ -85,7 +87,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return render_report(han_diagnosis(), report_data())
+    return render_report(repaired_diagnosis(), report_data())
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +125,51 @@ def test_it_draws_loss_accuracy_heat_maps_and_coupling(page):
     ]
 
 
-def test_every_flag_leads_to_a_finding_that_is_there(page):
+def test_every_flag_leads_to_an_entry_that_is_there(page):
     targets = {attributes["id"] for attributes in page.all("details") if "id" in attributes}
-    assert targets == {"finding-1", "finding-2", "finding-3"}
+    assert targets == {f"{kind}-{k}" for kind in ("finding", "repair") for k in (1, 2, 3)}
     links = {attributes["href"] for attributes in page.all("a")}
-    assert links == {f"#{target}" for target in targets}
+    assert links == {f"#{target}" for target in targets} - {"#repair-2", "#repair-3"}
+
+
+def test_repairs_that_were_tried_are_compared_in_a_table(page):
+    words = page.words()
+    for expected in (
+        "repairs kept 1 of 3",
+        "\N{CHECK MARK}1 kept word_attention.projection at step 160",
+        "Multiply the learning rate of word_attention.projection by 0.01",
+        f"Kept : {LOWERED.reason}",
+        "without it: -63.6 ± 4.1 %",
+        "measured before 20 steps with the repair 20 steps without it 20 steps",
+        "loss mean over the steps 1.12 0.412 1.13",
+        "step_sharpness fires if > 2 14.2 ± 1.3 0.31 ± 1.3 13.8 ± 1.3",
+        "rule:attention-entropy-collapse none rule:sharpness-instability",
+        f"20 batches used up; where the numbers come from: {LOWERED.derivation}",
+        "2 rolled back word_attention.context at step 130",
+        "loss mean over the steps 1.12 NaN not measured",
+        f"Compared (1, 3): {LOWERED.guarantee}",
+    ):
+        assert expected in words
+    assert words.index("is too high.") < words.index("Repairs that were tried")
+    assert words.index("Repairs that were tried") < words.index("The run over time")
+    tables = [table for table in page.all("table") if table.get("class") == "compared"]
+    assert len({table["aria-label"] for table in tables}) == 3
+    assert "Repairs" not in Page(render_report(han_diagnosis(), report_data())).words()
+
+
+def test_a_repair_that_was_kept_is_marked_on_the_loss_chart(page):
+    (mark,) = (a for a in page.all("a") if a["class"] == "flag kept")
+    assert mark["href"] == "#repair-1"
+    assert mark["title"] == "repair 1: kept in word_attention.projection, at step 160"
+    assert mark["style"].startswith("left:40.00%;")
+    assert len([line for line in page.all("line") if line["class"] == "since kept"]) == 1
+
+
+def test_a_feature_that_only_one_arm_has_is_not_measured_in_the_others():
+    only = replace(LOWERED, twin=replace(LOWERED.twin, evidence=()))
+    words = Page(render_report(replace(han_diagnosis(), repairs=(only,)), report_data())).words()
+    assert "step_sharpness fires if > 2 14.2 ± 1.3 0.31 ± 1.3 not measured" in words
+    assert "Compared: " in words
 
 
 def test_identifiers_are_unique(page):
@@ -143,7 +185,9 @@ def test_nothing_is_loaded_from_anywhere(text, page):
         assert tag not in {"link", "iframe", "object", "embed", "base", "form"}
         for name in ("src", "href", "data", "srcset", "action"):
             value = attributes.get(name)
-            assert value is None or value.startswith(("data:image/png;base64,", "#finding-"))
+            assert value is None or value.startswith(
+                ("data:image/png;base64,", "#finding-", "#repair-")
+            )
     assert "url(" not in text
     assert "@import" not in text
     policy = next(m for m in page.all("meta") if "http-equiv" in m)
@@ -171,6 +215,18 @@ def hostile_page(name: str) -> str:
             replace(u, rule=name, component=name, reason=name) for u in diagnosis.unknown
         ),
         checked=tuple(replace(c, title=name) for c in diagnosis.checked),
+        repairs=(
+            replace(
+                LOWERED,
+                source=name,
+                component=name,
+                actions=(Repair("change_activation", name, {"to": name, name: name}),),
+                derivation=name,
+                guarantee=name,
+                reason=name,
+                after=Arm(20, 1.0, finding.evidence, (name,) * 9),
+            ),
+        ),
     )
     components = (ReportComponent(name, "head", name), ReportComponent(f"{name}2", "head", name))
     data = report_data(components)
@@ -279,7 +335,7 @@ def test_a_loss_that_is_not_finite_is_said():
 
 
 def test_the_same_input_gives_the_same_bytes(text):
-    assert render_report(han_diagnosis(), report_data()) == text
+    assert render_report(repaired_diagnosis(), report_data()) == text
 
 
 # -- writing ------------------------------------------------------------------------------------
@@ -288,7 +344,7 @@ def test_the_same_input_gives_the_same_bytes(text):
 def test_writing_replaces_the_old_page_whole(tmp_path, text):
     path = tmp_path / "report.html"
     path.write_text("old")
-    write_report(han_diagnosis(), report_data(), path)
+    write_report(repaired_diagnosis(), report_data(), path)
     assert path.read_text("utf-8") == text
     assert list(tmp_path.iterdir()) == [path]
     ordinary = tmp_path / "ordinary"

@@ -8,7 +8,7 @@ import jsonschema
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from report_examples import SHARPNESS, diagnoses, han_diagnosis
+from report_examples import LOWERED, SHARPNESS, diagnoses, han_diagnosis, repaired_diagnosis
 
 from diagnoser import vocabulary
 from diagnoser.report import diagnosis_schema, diagnosis_to_json
@@ -71,6 +71,54 @@ def test_the_example_reads_as_the_contract_says():
         "training_s": 40.1,
         "monitoring_s": 3.2,
     }
+
+
+def test_a_repair_that_was_tried_reads_as_the_contract_says():
+    document = strict(diagnosis_to_json(replace(han_diagnosis(), repairs=(LOWERED,))))
+    (tried,) = document["repairs"]
+    assert list(tried) == [
+        *("step", "before", "after", "twin", "difference", "verdict", "reason"),
+    ]
+    assert tried["step"] == {
+        "at": 160,
+        "finding": "rule:sharpness-instability",
+        "component": "word_attention.projection",
+        "actions": [
+            {"name": "roll_back", "component": "word_attention.projection", "parameters": {}},
+            {
+                "name": "scale_learning_rate",
+                "component": "word_attention.projection",
+                "parameters": {"factor": 0.01},
+            },
+        ],
+        "derivation": LOWERED.derivation,
+        "guarantee": LOWERED.guarantee,
+        "batches": 20,
+    }
+    finding = document["findings"][0]
+    for name, observed in (("before", 14.2), ("after", 0.31), ("twin", 13.8)):
+        arm = tried[name]
+        assert list(arm) == ["steps", "loss", "evidence", "firing"]
+        assert list(arm["evidence"][0]) == list(finding["evidence"][0])
+        assert arm["evidence"][0]["observed"] == observed
+    assert tried["after"]["firing"] == []
+    assert tried["twin"]["firing"][0] == finding["source"]
+    assert tried["difference"] == {
+        "value": -0.6357,
+        "std_error": 0.041,
+        "batch_std_error": None,
+        "samples": 20,
+        "method": "paired",
+        "dtype": "float32",
+    }
+    assert (tried["verdict"], tried["reason"]) == ("kept", LOWERED.reason)
+
+
+def test_what_was_not_compared_is_null():
+    failed = strict(diagnosis_to_json(repaired_diagnosis()))["repairs"][0]
+    assert failed["verdict"] == "rolled_back"
+    assert failed["twin"] is failed["difference"] is None
+    assert failed["after"]["loss"] == "NaN"
 
 
 def test_the_order_of_findings_and_causes_is_kept():
@@ -184,10 +232,16 @@ def test_the_schema_allows_no_other_keys_and_asks_for_all():
         (("causes", 0, "cause"), "sharpness_instability"),
         (("causes", 0, "probability"), 1.5),
         (("cost", "seconds"), 1.0),
+        (("repairs", 0, "verdict"), "undone"),
+        (("repairs", 0, "before"), None),
+        (("repairs", 0, "step", "at"), -1),
+        (("repairs", 0, "step", "actions", 0, "name"), "pray"),
+        (("repairs", 0, "after", "loss"), "nan"),
+        (("repairs", 1, "twin", "accuracy"), 1.0),
     ],
 )
 def test_the_schema_refuses(path, value):
-    document = strict(diagnosis_to_json(han_diagnosis()))
+    document = strict(diagnosis_to_json(repaired_diagnosis()))
     *parents, last = path
     place = document
     for key in parents:

@@ -8,20 +8,24 @@ from hypothesis import given, settings
 from report_examples import (
     COLLAPSE,
     DEFECT,
+    FAILED,
     HOSTILE,
+    LOWERED,
     PROJECTION,
     SHARPNESS,
+    TEMPERED,
     diagnoses,
     findings,
     han_diagnosis,
     healthy_diagnosis,
+    repaired_diagnosis,
 )
 from rich.cells import cell_len
 from rich.console import Console
 
 from diagnoser import vocabulary
 from diagnoser.report import finding_line, print_diagnosis, terminal, wording
-from diagnoser.types import Cause, Cost, Evidence, RankedCause, Repair, Where
+from diagnoser.types import Arm, Cause, Cost, Evidence, RankedCause, Repair, Where
 
 
 def page(diagnosis, *, width=80, encoding="utf-8", terminal=False) -> str:
@@ -50,6 +54,19 @@ def renamed(name):
             for u in han_diagnosis().unknown
         ),
         checked=tuple(replace(c, title=name) for c in han_diagnosis().checked),
+        repairs=tuple(
+            replace(
+                LOWERED,
+                source=name,
+                component=name,
+                actions=(Repair("change_activation", name, {"to": name, name: name}),),
+                derivation=name,
+                guarantee=name,
+                reason=name,
+                kept=kept,
+            )
+            for kept in (False, True)
+        ),
     )
 
 
@@ -119,8 +136,69 @@ def test_a_large_diagnosis_still_fits_a_page():
     assert "and 196 more causes in diagnosis.json" in text
 
 
+def section(text: str, heading: str) -> list[str]:
+    lines = text.splitlines()
+    start = lines.index(heading) + 1
+    return lines[start : lines.index("", start)]
+
+
+TRIED = "repairs that were tried"
+
+
+def test_repairs_that_were_tried_say_what_was_done_and_what_came_of_it():
+    text = page(repaired_diagnosis())
+    assert text.index("also possible") < text.index(TRIED) < text.index("checked and fine")
+    words = " ".join(" ".join(section(text, TRIED)).split())
+    for expected in (
+        "1. kept at step 160 in word_attention.projection - Restore the state",
+        "- Multiply the learning rate of word_attention.projection by 0.01",
+        f"loss 0.412 with it, 1.13 without it: -63.6 ± 4.1 %; {LOWERED.reason}",
+        "2. rolled back at step 130 in word_attention.context - Clip the gradient norm to 1",
+        f"loss NaN with it, 1.12 before; {FAILED.reason}",
+        "3. rolled back at step 140",
+        f"loss 1.11 with it, 1.13 without it: -1.95 ± 3.2 %; {TEMPERED.reason}",
+        f"compared (1, 3): {LOWERED.guarantee} compared (2): {FAILED.guarantee}",
+    ):
+        assert expected in words
+    assert TRIED not in page(han_diagnosis())
+
+
+def test_how_repairs_were_compared_is_said_once():
+    text = " ".join(page(replace(han_diagnosis(), repairs=(LOWERED, TEMPERED))).split())
+    assert text.count(LOWERED.guarantee) == 1
+    assert f"compared: {LOWERED.guarantee}" in text
+    assert "compared" not in page(
+        replace(han_diagnosis(), repairs=(replace(LOWERED, guarantee=""),))
+    )
+
+
+def test_of_many_repairs_those_that_were_kept_are_shown_first():
+    many = tuple(replace(TEMPERED, step=k, kept=k in (17, 19)) for k in range(20))
+    lines = section(page(replace(han_diagnosis(), repairs=many)), TRIED)
+    starts = [line for line in lines if " at step " in line]
+    assert len(starts) == terminal.TRIED
+    assert [line.split(" at ")[1].split()[1] for line in starts] == ["17", "19", "0", "1", "2", "3"]
+    assert "    and 14 more repairs in diagnosis.json" in lines
+    assert len(page(replace(han_diagnosis(), repairs=many)).splitlines()) < 90
+
+
+def test_a_repair_that_could_not_be_measured_has_the_loss_before_it():
+    lost = replace(FAILED, after=None, reason="")
+    assert wording.loss_sentence(lost) == "loss 1.12 before"
+    assert "    loss 1.12 before" in page(replace(han_diagnosis(), repairs=(lost,))).splitlines()
+    alone = replace(FAILED, after=None, twin=Arm(20, 0.5))
+    assert wording.loss_sentence(alone) == "loss 0.5 without it, 1.12 before"
+
+
+def test_many_actions_of_a_repair_are_counted():
+    actions = (Repair("zero_gradients", "model"),) * (terminal.ACTIONS + 4)
+    text = page(replace(han_diagnosis(), repairs=(replace(LOWERED, actions=actions),)))
+    assert text.count("- Call optimizer.zero_grad()") == terminal.ACTIONS
+    assert "and 4 more actions in diagnosis.json" in text
+
+
 def test_a_log_gets_plain_text_and_a_terminal_colour():
-    assert "\x1b" not in page(han_diagnosis())
+    assert "\x1b" not in page(repaired_diagnosis())
     coloured = page(han_diagnosis(), terminal=True)
     assert "\x1b[1;31mfaulty" in coloured
 
@@ -134,7 +212,7 @@ def test_a_log_of_another_encoding_loses_nothing():
 
 @pytest.mark.parametrize("width", [80, 200, 40])
 def test_no_line_is_longer_than_the_page(width):
-    assert_harmless(page(han_diagnosis(), width=width), min(width, 80))
+    assert_harmless(page(repaired_diagnosis(), width=width), min(width, 80))
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -1,5 +1,6 @@
 """From a recording, rules and a classifier to one diagnosis."""
 
+from diagnoser.diagnosis.attempts import attempt_data, attempts_of
 from diagnoser.diagnosis.defaults import (
     DEFAULT_FAMILIES,
     FAMILIES,
@@ -21,6 +22,8 @@ __all__ = [
     "DEFAULT_FAMILIES",
     "FAMILIES",
     "Claim",
+    "attempt_data",
+    "attempts_of",
     "chosen",
     "claims",
     "default_rules",

@@ -15,6 +15,7 @@ from typing import Final
 import numpy as np
 
 from diagnoser.classifier import EARLIER, Classifier, Vectors, say, vectors
+from diagnoser.diagnosis.attempts import attempts_of
 from diagnoser.diagnosis.merging import Claim, is_grave, ranked, reasons, votes_of
 from diagnoser.features import NOTED_NAMES, PROGRAM_NAMES, feature_tables
 from diagnoser.rules import (
@@ -115,6 +116,7 @@ def diagnose(
         unknown=tuple(_worth_saying(unknown, recording, of_checks)),
         checked=checked,
         cost=_cost(recording),
+        repairs=attempts_of(recording),
     )
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -33,7 +33,7 @@ from diagnoser.report.drawing import (
     step_ticks,
 )
 from diagnoser.table import Array
-from diagnoser.types import Diagnosis, Evidence, Finding
+from diagnoser.types import Arm, Attempt, Diagnosis, Evidence, Finding
 from diagnoser.vocabulary import CAUSE_CATEGORY, FAULTS, SEVERITIES, severity_rank
 
 CHART: Final = (1000, 260)  # units of a large chart
@@ -41,14 +41,19 @@ SPARK: Final = (120, 26)  # units of a curve in the table
 CURVES: Final = 80, 6  # components and quantities in the table of curves; the heat maps show all
 COLUMNS: Final = 300  # columns of a heat map; longer runs show every second, third ...
 PAIRS: Final = 6  # strongest couplings listed beside the matrix
+SOURCES: Final = 4  # findings that still hold after a repair, by name
 
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """The number of a finding on a drawing; places in [0, 1] from the left and the top."""
+    """The mark of a finding or a repair on a drawing, and the entry of the page it leads to.
 
-    position: int
-    severity: str
+    Places in [0, 1] from the left and the top; ``tone`` is a severity, or ``kept``.
+    """
+
+    label: str
+    entry: str
+    tone: str
     left: float
     top: float
     title: str
@@ -102,6 +107,15 @@ class Row:
     cells: list[tuple[str, str]]  # path and last value
 
 
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A row of the table of one repair: before it, with it and without it, each value in words."""
+
+    name: str
+    note: str
+    values: tuple[str, ...]
+
+
 def render_report(diagnosis: Diagnosis, data: ReportData) -> str:
     """Returns the page; ``data`` may be empty in part, what is missing is left out or said."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -130,6 +144,10 @@ def render_report(diagnosis: Diagnosis, data: ReportData) -> str:
         story=sorted(enumerate(diagnosis.findings, start=1), key=lambda pair: pair[1].since_step),
         worst=max((f.severity for f in diagnosis.findings), key=severity_rank, default=""),
         gauge=_gauge,
+        tried=wording.kept_first(diagnosis.repairs),
+        kept=sum(attempt.kept for attempt in diagnosis.repairs),
+        arms=_arms,
+        compared=_compared,
         chart_size=CHART,
         spark_size=SPARK,
         charts=list(_charts(diagnosis, data)),
@@ -195,7 +213,7 @@ def _charts(diagnosis: Diagnosis, data: ReportData) -> Iterator[Chart]:
     if not ends:
         return
     span = min(ends), max(ends)
-    flags = _step_flags(diagnosis, span)
+    flags = list(_step_flags(diagnosis, span))
     if chart := _chart("training loss", data.loss_steps, data.loss_values, span, flags):
         yield chart
     if chart := _chart("accuracy", data.accuracy_steps, data.accuracy_values, span, []):
@@ -221,21 +239,30 @@ def _chart(
     return Chart(title, "; ".join(notes), path, scale.ticks(), step_ticks(span), flags)
 
 
-def _step_flags(diagnosis: Diagnosis, span: tuple[int, int]) -> list[Flag]:
-    """Returns a flag for each finding; those that would cover one another are stacked."""
-    flags: list[Flag] = []
-    for position, finding in enumerate(diagnosis.findings, start=1):
-        place = (finding.since_step - span[0]) / max(span[1] - span[0], 1)
-        left = min(max(place, 0.0), 1.0)
-        level = sum(abs(flag.left - left) < 0.06 for flag in flags)
-        flags.append(_flag(position, finding, left, min(0.13 * level, 0.9)))
-    return flags
+def _step_flags(diagnosis: Diagnosis, span: tuple[int, int]) -> Iterator[Flag]:
+    """Yields a flag for each finding and kept repair; those that would cover others are stacked."""
+    marks = [
+        (finding.since_step, _flag(position, finding))
+        for position, finding in enumerate(diagnosis.findings, start=1)
+    ]
+    for position, attempt in wording.kept_first(diagnosis.repairs):
+        if attempt.kept:
+            place = wording.subject(attempt.component)
+            title = f"repair {position}: kept in {place}, at step {attempt.step}"
+            flag = Flag(f"\N{CHECK MARK}{position}", f"repair-{position}", "kept", 0.0, 0.0, title)
+            marks.append((attempt.step, flag))
+    taken: list[float] = []
+    for step, flag in marks:
+        left = min(max((step - span[0]) / max(span[1] - span[0], 1), 0.0), 1.0)
+        level = sum(abs(other - left) < 0.06 for other in taken)
+        taken.append(left)
+        yield replace(flag, left=left, top=min(0.13 * level, 0.9))
 
 
-def _flag(position: int, finding: Finding, left: float, top: float) -> Flag:
+def _flag(position: int, finding: Finding, left: float = 0.0, top: float = 0.0) -> Flag:
     place = wording.subject(finding.component, finding.other)
     title = f"finding {position}: {finding.fault} in {place}, from step {finding.since_step}"
-    return Flag(position, finding.severity, left, top, title)
+    return Flag(str(position), f"finding-{position}", finding.severity, left, top, title)
 
 
 def _panel(diagnosis: Diagnosis, data: ReportData, quantity: str) -> Panel:
@@ -372,3 +399,48 @@ def _gauge(evidence: Evidence) -> Gauge | None:
         margin = 0.2 * (high - low)
         scale = Scale("linear", low - margin, high + margin)
     return Gauge(*(float(place) for place in scale.forward(ends)))
+
+
+def _arms(attempt: Attempt) -> list[tuple[str, Arm | None]]:
+    return [
+        ("before", attempt.before),
+        ("with the repair", attempt.after),
+        ("without it", attempt.twin),
+    ]
+
+
+def _compared(attempt: Attempt) -> Iterator[Compared]:
+    """Yields what was compared: the loss, the evidence of the finding, and what was found."""
+    arms = [arm for _, arm in _arms(attempt)]
+    losses = tuple("" if arm is None else wording.number(arm.loss) for arm in arms)
+    yield Compared("loss", "mean over the steps", losses)
+    measured = [
+        {(e.feature, e.comparison, e.threshold): e for e in arm.evidence} if arm else {}
+        for arm in arms
+    ]
+    for key in dict.fromkeys(key for by_key in measured for key in by_key):
+        feature, comparison, threshold = key
+        yield Compared(
+            wording.visible(feature),
+            f"fires if {comparison} {wording.number(threshold)}",
+            tuple(_observed(by_key.get(key)) for by_key in measured),
+        )
+    yield Compared(
+        "findings at the end",
+        "medium or more severe",
+        tuple("" if arm is None else _sources(arm.firing) for arm in arms),
+    )
+
+
+def _observed(evidence: Evidence | None) -> str:
+    if evidence is None:
+        return ""
+    error = wording.total_error(evidence)
+    spread = f" ± {wording.number(error, digits=2)}" if error else ""
+    return f"{wording.number(evidence.observed)}{spread}"
+
+
+def _sources(firing: Sequence[str]) -> str:
+    named = [wording.visible(source) for source in firing[:SOURCES]]
+    more = f" and {len(firing) - SOURCES} more" if len(firing) > SOURCES else ""
+    return f"{', '.join(named)}{more}" if named else "none"

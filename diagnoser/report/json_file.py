@@ -14,7 +14,18 @@ from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
-from diagnoser.types import Cost, Diagnosis, Evidence, Finding, RankedCause, Repair, Unknown
+from diagnoser.types import (
+    Arm,
+    Attempt,
+    Cost,
+    Diagnosis,
+    Estimate,
+    Evidence,
+    Finding,
+    RankedCause,
+    Repair,
+    Unknown,
+)
 
 SCHEMA = "diagnoser.diagnosis/1"
 
@@ -22,7 +33,7 @@ SCHEMA = "diagnoser.diagnosis/1"
 def diagnosis_to_json(diagnosis: Diagnosis) -> str:
     """Returns the text of `diagnosis.json`, causes and findings in the order of ``diagnosis``.
 
-    ``repairs`` is empty: it lists repairs that were carried out, and a diagnosis only suggests.
+    ``repairs`` lists those that were carried out; findings hold those that are only suggested.
     """
     document = {
         "schema": SCHEMA,
@@ -32,7 +43,7 @@ def diagnosis_to_json(diagnosis: Diagnosis) -> str:
         "causes": [_ranked_cause(cause) for cause in diagnosis.causes],
         "findings": [_finding(finding) for finding in diagnosis.findings],
         "unknown": [_unknown(unknown) for unknown in diagnosis.unknown],
-        "repairs": [],
+        "repairs": [_attempt(attempt) for attempt in diagnosis.repairs],
         "cost": _cost(diagnosis.cost),
     }
     return json.dumps(document, indent=2, allow_nan=False) + "\n"
@@ -118,6 +129,50 @@ def _repair(repair: Repair) -> dict[str, Any]:
             name: value if isinstance(value, str) else _number(value)
             for name, value in sorted(repair.parameters.items())
         },
+    }
+
+
+def _attempt(attempt: Attempt) -> dict[str, Any]:
+    return {
+        "step": {
+            "at": int(attempt.step),
+            "finding": attempt.source,
+            "component": attempt.component,
+            "actions": [_repair(action) for action in attempt.actions],
+            "derivation": attempt.derivation,
+            "guarantee": attempt.guarantee,
+            "batches": int(attempt.batches),
+        },
+        "before": _arm(attempt.before),
+        "after": _arm(attempt.after),
+        "twin": _arm(attempt.twin),
+        "difference": _estimate(attempt.difference),
+        "verdict": "kept" if attempt.kept else "rolled_back",
+        "reason": attempt.reason,
+    }
+
+
+def _arm(arm: Arm | None) -> dict[str, Any] | None:
+    if arm is None:
+        return None
+    return {
+        "steps": int(arm.steps),
+        "loss": _number(arm.loss),
+        "evidence": [_evidence(evidence) for evidence in arm.evidence],
+        "firing": list(arm.firing),
+    }
+
+
+def _estimate(estimate: Estimate | None) -> dict[str, Any] | None:
+    if estimate is None:
+        return None
+    return {
+        "value": _number(estimate.value),
+        "std_error": _number(estimate.std_error),
+        "batch_std_error": _number(estimate.batch_std_error),
+        "samples": _count(estimate.samples),
+        "method": estimate.method,
+        "dtype": estimate.dtype,
     }
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from diagnoser.report import wording
-from diagnoser.types import Checked, Cost, Diagnosis, Finding, RankedCause, Unknown
+from diagnoser.types import Attempt, Checked, Cost, Diagnosis, Finding, RankedCause, Unknown
 
 WIDTH: Final = 80
 LINE: Final = 140  # characters of a live notice, names not counted: enough for its numbers
@@ -26,6 +26,8 @@ FINDINGS: Final = 4  # under each cause
 EVIDENCE: Final = 3  # under each finding
 REPAIRS: Final = 4
 PATCH: Final = 8  # lines
+TRIED: Final = 6
+ACTIONS: Final = 3  # of each repair that was tried
 CHECKED: Final = 12
 UNKNOWN: Final = 6
 
@@ -37,6 +39,8 @@ _STYLES: Final = {
     "high": "red",
     "medium": "yellow",
     "low": "dim",
+    "kept": "bold green",
+    "rolled back": "bold yellow",
 }
 
 
@@ -96,6 +100,7 @@ def _page(diagnosis: Diagnosis) -> Iterator[Line]:
     ended = f", exit code {diagnosis.exit_code}" if diagnosis.exit_code else ""
     yield _line(0, f"run {wording.visible(diagnosis.run)}{ended}", "dim")
     yield from _causes(diagnosis)
+    yield from _tried(diagnosis.repairs)
     yield from _checked(diagnosis.checked)
     yield from _unknown(diagnosis.unknown)
     yield from _cost(diagnosis.cost)
@@ -178,6 +183,27 @@ def _patch(findings: Sequence[wording.Numbered]) -> Iterator[Line]:
             for code in finding.patch.rstrip().split("\n")[:PATCH]:
                 yield _line(6, wording.visible(code, limit=160), "green")
             return
+
+
+def _tried(attempts: Sequence[Attempt]) -> Iterator[Line]:
+    if not attempts:
+        return
+    yield from _heading("repairs that were tried")
+    shown = wording.kept_first(attempts)[:TRIED]
+    for position, attempt in shown:
+        outcome = wording.outcome(attempt)
+        place = f" at step {attempt.step} in {wording.subject(attempt.component)}"
+        yield Line(4, ((outcome, _STYLES[outcome]), (place, "")), f"{position}. ")
+        actions = _shown(len(attempt.actions), ACTIONS)
+        for action in attempt.actions[:actions]:
+            yield _line(6, wording.repair_sentence(action), mark="- ")
+        yield from _more(len(attempt.actions) - actions, "action", indent=6)
+        reason = wording.visible(attempt.reason, limit=240)
+        losses = wording.loss_sentence(attempt)
+        yield Line(4, ((losses, "cyan"), (f"; {reason}" if reason else "", "")))
+    yield from _more(len(attempts) - len(shown), "repair")
+    for numbers, guarantee in wording.comparisons(shown):
+        yield _line(4, f"compared{f' ({numbers})' if numbers else ''}: {guarantee}", "dim")
 
 
 def _here() -> Path | None:

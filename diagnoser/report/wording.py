@@ -11,10 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from diagnoser.types import Cost, Diagnosis, Evidence, Finding, RankedCause, Repair, Unknown
+from diagnoser.types import (
+    Attempt,
+    Cost,
+    Diagnosis,
+    Estimate,
+    Evidence,
+    Finding,
+    RankedCause,
+    Repair,
+    Unknown,
+)
 from diagnoser.vocabulary import MODEL
 
 Numbered: TypeAlias = tuple[int, Finding]  # a finding with its rank, from 1
+Tried: TypeAlias = tuple[int, Attempt]  # the same for a repair that was tried
 
 RULES: Final = 4  # that could not be judged for one reason, by name
 
@@ -182,9 +193,9 @@ def number(value: float, digits: int = 3) -> str:
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
-def total_error(evidence: Evidence) -> float | None:
-    """Returns one standard error of ``observed`` with both sources in it, None where unknown."""
-    known = [error for error in (evidence.std_error, evidence.batch_std_error) if error is not None]
+def total_error(measured: Evidence | Estimate) -> float | None:
+    """Returns one standard error of a number with both sources in it, None where unknown."""
+    known = [error for error in (measured.std_error, measured.batch_std_error) if error is not None]
     return math.hypot(*known) if known else None
 
 
@@ -231,6 +242,56 @@ def repair_sentence(repair: Repair) -> str:
     return f"{sentence[:-1]} ({', '.join(extra)})." if extra else sentence
 
 
+def kept_first(attempts: Sequence[Attempt]) -> list[Tried]:
+    """Numbers repairs that were tried from 1: those that were kept, then the others."""
+    return list(enumerate(sorted(attempts, key=lambda attempt: not attempt.kept), start=1))
+
+
+def outcome(attempt: Attempt) -> str:
+    """Returns whether a repair was kept, in words."""
+    return "kept" if attempt.kept else "rolled back"
+
+
+def loss_sentence(attempt: Attempt) -> str:
+    """Returns the loss with and without a repair, and how far apart they are.
+
+    Where the two were not compared, the loss before it is all there is to compare with.
+    """
+    arms = [(attempt.after, "with it"), (attempt.twin, "without it")]
+    if attempt.after is None or attempt.twin is None:
+        arms.append((attempt.before, "before"))
+    losses = ", ".join(f"{number(arm.loss)} {words}" for arm, words in arms if arm is not None)
+    apart = "" if attempt.difference is None else f": {percent(attempt.difference)}"
+    return f"loss {losses}{apart}"
+
+
+def percent(share: Estimate) -> str:
+    """Returns a share in per cent, with its sign and its error.
+
+    >>> percent(Estimate(-0.634, 0.041)), percent(Estimate(0.05)), percent(Estimate(0.05, None))
+    ('-63.4 ± 4.1 %', '+5 %', '+5 % (error unknown)')
+    """
+    sign = "+" if share.value > 0 else ""
+    error = total_error(share)
+    spread = f" ± {number(100 * error, digits=2)}" if error else ""
+    unknown = " (error unknown)" if error is None else ""
+    return f"{sign}{number(100 * share.value)}{spread} %{unknown}"
+
+
+def comparisons(attempts: Sequence[Tried]) -> list[tuple[str, str]]:
+    """Returns how repairs were compared, each way once: ``(numbers of the repairs, guarantee)``.
+
+    The numbers are left out where all were compared in the same way.
+    """
+    ways: dict[str, list[str]] = {}
+    for position, attempt in attempts:
+        if attempt.guarantee:
+            ways.setdefault(visible(attempt.guarantee, limit=240), []).append(str(position))
+    if len(ways) == 1:
+        return [("", guarantee) for guarantee in ways]
+    return [(", ".join(numbers), guarantee) for guarantee, numbers in ways.items()]
+
+
 def confidence(probability: float | None, n: int | None) -> str:
     """Returns the measured precision in words, empty while there is none."""
     if probability is None:
@@ -250,13 +311,13 @@ def cost_sentence(cost: Cost) -> str:
     return f"{extent}; {training}, monitoring {number(cost.monitoring_s)} s{part}"
 
 
-def count(n: int, noun: str) -> str:
+def count(n: int, noun: str, plural: str = "") -> str:
     """Returns a number with its noun in the right form.
 
-    >>> count(1, "step"), count(3, "step")
-    ('1 step', '3 steps')
+    >>> count(1, "step"), count(3, "step"), count(2, "batch", "batches")
+    ('1 step', '3 steps', '2 batches')
     """
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+    return f"{n} {noun}" if n == 1 else f"{n} {plural or f'{noun}s'}"
 
 
 def findings_by_cause(

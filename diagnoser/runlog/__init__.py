@@ -27,7 +27,7 @@ from diagnoser.runlog.recording import (
     RecordingBuilder,
     Series,
 )
-from diagnoser.runlog.writer import RunLogWriter
+from diagnoser.runlog.writer import RunLogWriter, plain
 
 __all__ = [
     "LOG_FILE",
@@ -40,5 +40,6 @@ __all__ = [
     "RecordingBuilder",
     "RunLogWriter",
     "Series",
+    "plain",
     "read_run",
 ]

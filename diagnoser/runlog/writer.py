@@ -75,7 +75,7 @@ class RunLogWriter:
                 "record": "header",
                 "schema": f"diagnoser.log/{SCHEMA_VERSION}",
                 "run": run,
-                "header": _plain(header),
+                "header": plain(header),
             }
         )
         self._builder = RecordingBuilder(json.loads(line))
@@ -126,7 +126,7 @@ class RunLogWriter:
 
     def event(self, step: int, kind: str, message: str, data: Data) -> None:
         """Records something that happened to the monitor (see `Event`)."""
-        event = Event(int(step), kind, message, _plain(data))
+        event = Event(int(step), kind, message, plain(data))
         self._write({"record": "event", **asdict(event)})
 
     def fact(self, step: int, name: str, component: str, value: float, data: Data) -> None:
@@ -139,7 +139,7 @@ class RunLogWriter:
             {
                 "record": "end",
                 "exit_code": exit_code,
-                "cost": None if cost is None else _plain(asdict(cost)),
+                "cost": None if cost is None else plain(asdict(cost)),
                 "lost_records": self.lost_records,
             }
         )
@@ -261,7 +261,7 @@ def _fact_record(fact: Fact) -> Record:
         "name": fact.name,
         "component": fact.component,
         "value": _number(fact.value),
-        "data": _plain(fact.data),
+        "data": plain(fact.data),
     }
 
 
@@ -281,8 +281,11 @@ def _optional(value: float | None) -> float | str | None:
     return None if value is None else _number(value)
 
 
-def _plain(value: Any) -> Any:
-    """Returns what JSON can hold of ``value``; what it cannot hold (a device, a path), as text."""
+def plain(value: Any) -> Any:
+    """Returns what JSON can hold of ``value``; what it cannot hold (a device, a path), as text.
+
+    NaN and the infinities become their names.
+    """
     if isinstance(value, np.generic | np.ndarray):
         value = value.tolist()
     if value is None or isinstance(value, str | int):
@@ -290,7 +293,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return _number(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value)
