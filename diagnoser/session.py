@@ -32,7 +32,6 @@ from diagnoser.repair_loop import (
     Mode,
     ScriptRepairs,
     Strategy,
-    firing_now,
 )
 from diagnoser.report import finding_line, write_run
 from diagnoser.rules import Rule
@@ -271,7 +270,7 @@ class Watch:
         recording = self._log.recording()
         diagnosis = diagnose(recording, self._rules)
         if self._repairs is not None:
-            self._repairs.found(firing_now(recording, diagnosis.findings))
+            self._repairs.found(recording, diagnosis.findings)
         self._monitor.suspect(
             finding.component for finding in diagnosis.findings if finding.component != MODEL
         )

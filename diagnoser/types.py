@@ -172,12 +172,16 @@ class Checked:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What watching took: optimizer steps, measurements, seconds of training and of monitoring."""
+    """What watching took: optimizer steps, measurements, seconds of training and of monitoring.
+
+    ``repairing_s`` are the seconds that trials of repairs took, which are in neither.
+    """
 
     steps: int
     measurements: int
     training_s: float
     monitoring_s: float
+    repairing_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

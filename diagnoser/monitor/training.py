@@ -92,7 +92,7 @@ class Monitor:
         self._on_measured = on_measured
         self._failures: dict[str, int] = {}
         self._started: float | None = None
-        self._spent = self._since = 0.0
+        self._spent = self._since = self._aside = 0.0
         self._generator = torch.Generator().manual_seed(0)
         self._next_component = 0
         self._known_ends = KnownEnds()
@@ -211,7 +211,7 @@ class Monitor:
         if self._started is None:
             self._started = now
         self.schedule.steps = self.step
-        self.schedule.training_s = max(now - self._started - self._spent, 0.0)
+        self.schedule.training_s = max(now - self._started - self._spent - self._aside, 0.0)
         self._plan = self.schedule.plan(self.step)
         if self._trigger is not None and self._plan.statistics:
             found, self._trigger = self._trigger, None
@@ -280,8 +280,10 @@ class Monitor:
             if self.step and self.subject is not None and self.schedule.guaranteed_s:
                 self._say_what_the_budget_was()
         now = time.perf_counter()
-        training = 0.0 if self._started is None else now - self._started - self._spent
-        self.log.end(exit_code, Cost(self.step, self.measurements, training, self._spent))
+        other = self._spent + self._aside
+        training = 0.0 if self._started is None else now - self._started - other
+        cost = Cost(self.step, self.measurements, training, self._spent, self._aside)
+        self.log.end(exit_code, cost)
 
     def _say_what_the_budget_was(self) -> None:
         training, budget = self.schedule.training_s, self.schedule.overhead
@@ -653,6 +655,19 @@ class Monitor:
     def guard(self, what: str) -> _Guard:
         """Times our own work and turns our own failures into events."""
         return _Guard(self, what)
+
+    @contextmanager
+    def aside(self, what: str) -> Iterator[None]:
+        """Like `guard`, for what is neither training nor monitoring: trials of repairs."""
+        begun = time.perf_counter()
+        self._checking.recorder.paused = True
+        try:
+            yield
+        except Exception as error:
+            self._failed(what, error)
+        finally:
+            self._aside += time.perf_counter() - begun
+            self._checking.recorder.paused = False
 
     def _book(self) -> None:
         """Books the time since the last booking under the plan of the running step."""

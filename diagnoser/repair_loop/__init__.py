@@ -7,7 +7,7 @@ training that is watched.
 
 from diagnoser.repair_loop.loop import AUTOTRAINER, DIAGNOSER, STRATEGIES, Strategy
 from diagnoser.repair_loop.planning import Plan, Situation, instructions, plans
-from diagnoser.repair_loop.script import Mode, ScriptRepairs, firing_now
+from diagnoser.repair_loop.script import Mode, ScriptRepairs
 
 __all__ = [
     "AUTOTRAINER",
@@ -18,7 +18,6 @@ __all__ = [
     "ScriptRepairs",
     "Situation",
     "Strategy",
-    "firing_now",
     "instructions",
     "plans",
 ]

@@ -55,7 +55,7 @@ def why_not(live: Live) -> str:
     if not hasattr(os, "fork") or sys.platform == "darwin":
         return "this system cannot fork a process that computes"
     devices = {tensor.device.type for tensor in live.parameters.values()}
-    if devices - {"cpu"} or torch.cuda.is_initialized():
+    if devices - {"cpu"} or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return "it uses an accelerator, whose context cannot be forked"
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return "it is one of several processes that train together"

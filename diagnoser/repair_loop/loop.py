@@ -162,9 +162,19 @@ class _Arms:
 
     @property
     def kept(self) -> list[_Result]:
-        """What is worth keeping, the best first."""
+        """What is worth keeping, the best first.
+
+        What lies within a standard error of the largest gain is as good as that; of these the
+        first that was planned comes first (the one-standard-error rule of Breiman et al., CART).
+        """
         worth = [result for result in self.results if result.judged.keep]
-        return sorted(worth, key=_gain) if self._strategy.best else worth
+        if not worth or not self._strategy.best:
+            return worth
+        top = min(worth, key=lambda result: _gain(result)[0])
+        limit = sum(_gain(top))
+        return sorted(
+            worth, key=lambda result: (_gain(result)[0] > limit, self._left.index(result.plan))
+        )
 
     def run(self, steps: int, left: Sequence[Plan] = ()) -> Generator[Trial, Ran, None]:
         """Makes the twin and the repaired continuations; the results replace earlier ones."""
@@ -238,10 +248,12 @@ def _named(plan: Plan) -> str:
     return " and ".join(action.name for action in plan.actions)
 
 
-def _gain(result: _Result) -> tuple[float, int]:
+def _gain(result: _Result) -> tuple[float, float]:
+    """Returns the difference that a repair made, and its standard error."""
     found = result.judged.difference
-    value = found.value if found is not None and math.isfinite(found.value) else 0.0
-    return round(value, 3), len(result.plan.actions)
+    if found is None or not math.isfinite(found.value):
+        return 0.0, 0.0
+    return found.value, found.std_error or 0.0
 
 
 def kept_without_trial(plan: Plan, situation: Situation) -> Attempt:

@@ -30,6 +30,16 @@ _LEAST: Final = 1e-3  # factor of a learning rate
 _MOST: Final = 100.0
 _WIDER: Final = 3.0  # the same plan once more with this much less, or more
 _STRONGER: Final = 0.1
+_SMALLER: Final = 0.1
+_OF_CAUSE: Final[Mapping[str, tuple[str, ...]]] = {
+    "learning_rate_too_high": ("scale_learning_rate",),
+    "learning_rate_too_low": ("scale_learning_rate",),
+    "missing_warmup": ("add_warmup",),
+    "optimizer_misconfigured": ("change_betas",),
+    "initialization": ("reinitialize",),
+    "perturbed_parameters": ("roll_back", "reinitialize"),
+    "attention_scale": ("temper_attention",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +102,21 @@ class Situation:
 def plans(situation: Situation) -> tuple[Plan, ...]:
     """Returns what is to be tried, the most promising first.
 
-    The repairs of the first finding come first, combinations before their parts; those of later
-    findings follow. What no running training can be given is left out: see `instructions`.
+    Findings of one rule on several components are mended together. Of each rule the plans come in
+    its own order, combinations before their parts; rules take turns, so that a wrong first finding
+    does not use up all trials. What no running training can be given is left out: see
+    `instructions`.
     """
+    by_rule: dict[str, list[Finding]] = {}
+    for finding in situation.findings:
+        if is_grave(finding.severity):
+            by_rule.setdefault(finding.source, []).append(finding)
+    queues = [list(_of_rule(findings, situation)) for findings in by_rule.values()]
+    if by_rule and situation.healthy_step is not None:
+        queues.append([_in_general(next(iter(by_rule.values()))[0])])
     found: dict[object, Plan] = {}
-    queues = [list(_of_finding(f, situation)) for f in situation.findings if is_grave(f.severity)]
     for place in range(max(map(len, queues), default=0)):
-        for queue in queues:  # in turns, so that a wrong first finding does not use up all trials
+        for queue in queues:
             if place < len(queue):
                 found.setdefault(queue[place].key, queue[place])
     return tuple(found.values())
@@ -114,48 +132,75 @@ def instructions(findings: Iterable[Finding]) -> tuple[tuple[Finding, Repair], .
     )
 
 
-def _of_finding(finding: Finding, situation: Situation) -> Iterator[Plan]:
-    def plan(actions: Sequence[Repair], why: str) -> Plan:
-        return Plan(tuple(actions), why, finding.source, finding.component)
+def _of_rule(findings: Sequence[Finding], situation: Situation) -> Iterator[Plan]:
+    """Yields the plans for what one rule found, on all components that it found it in."""
+    first = findings[0]
 
-    listed = [repair for repair in finding.repairs if repair.name in ACTIONS]
+    def plan(*steps: Iterable[tuple[Repair, str]]) -> Plan:
+        made = [pair for step in steps for pair in step]
+        why = "; ".join(dict.fromkeys(why for _, why in made))
+        place = first.component if len(findings) == 1 else MODEL
+        return Plan(tuple(action for action, _ in made), why, first.source, place)
+
+    def everywhere(repair: Repair) -> list[tuple[Repair, str]]:
+        """The repair in each of the components that are concerned."""
+        local = repair.component == first.component
+        places = [f.component for f in findings] if local else [repair.component]
+        return [
+            _made(Repair(repair.name, place, repair.parameters), situation)
+            for place in dict.fromkeys(places)
+        ]
+
+    def scaled(rate: Repair, times: float = 1.0) -> list[tuple[Repair, str]]:
+        local = rate.component == first.component
+        places = [f.component for f in findings] if local else [rate.component]
+        return [_rate(rate, place, times, situation) for place in dict.fromkeys(places)]
+
+    listed = [r for r in first.repairs if r.name in ACTIONS]
+    listed += [r for r in _by_cause(first) if r.name not in {other.name for other in listed}]
+    if situation.healthy_step is None:
+        listed = [r for r in listed if r.name != "roll_back"]
     names = {repair.name for repair in listed}
-    place = finding.component
-    rates = [r for r in listed if r.name == "scale_learning_rate"]
-    if rates:
-        where = rates[0].component
-        first = [n for n in _FIRST if n in names or n == "roll_back"]
-        if situation.healthy_step is None:
-            first.remove("roll_back")
-        factors = list(_factors(rates[0], situation))
-        lowered = factors[0][0] < 1.0
-        for factor, why in factors[:1]:
-            rate = Repair("scale_learning_rate", where, {"factor": factor})
-            if lowered:
-                for name in first:
-                    before, its = _made(Repair(name, where), situation)
-                    yield plan([before, rate], f"{its}; {why}")
-            yield plan([rate], why)
-        for factor, why in factors[1:]:
-            rate = Repair("scale_learning_rate", where, {"factor": factor})
-            if lowered and first:
-                before, its = _made(Repair(first[0], where), situation)
-                yield plan([before, rate], f"{its}; {why}")
+    rate = next((r for r in listed if r.name == "scale_learning_rate"), None)
+    if rate is not None:
+        before = [n for n in _FIRST if n in names]
+        if situation.healthy_step is not None and "roll_back" not in before:
+            before.insert(0, "roll_back")
+        before = before if float(scaled(rate)[0][0].parameters["factor"]) < 1.0 else []
+        for name in before:
+            yield plan(everywhere(Repair(name, rate.component)), scaled(rate))
+        yield plan(scaled(rate))
+        for times in (1.0 / _WIDER, _WIDER):
+            if before:
+                yield plan(everywhere(Repair(before[0], rate.component)), scaled(rate, times))
             else:
-                yield plan([rate], why)
+                yield plan(scaled(rate, times))
     for repair in listed:
-        if repair.name == "scale_learning_rate":
-            continue
-        if repair.name == "roll_back" and situation.healthy_step is None:
-            continue
-        yield plan(*_one(repair, situation))
+        if repair.name != "scale_learning_rate":
+            yield plan(everywhere(repair))
     if "temper_attention" in names:
-        yield plan(*_one(Repair("temper_attention", place, {"factor": _STRONGER}), situation))
+        yield plan(everywhere(Repair("temper_attention", first.component, {"factor": _STRONGER})))
 
 
-def _one(repair: Repair, situation: Situation) -> tuple[list[Repair], str]:
-    made, why = _made(repair, situation)
-    return [made], why
+def _by_cause(finding: Finding) -> Iterator[Repair]:
+    """Yields what mends a finding's causes where its rule does not say."""
+    for cause in finding.causes:
+        for name in _OF_CAUSE.get(cause.cause, ()):
+            parameters = {"factor": 10.0} if cause.cause == "learning_rate_too_low" else {}
+            yield Repair(name, finding.component, parameters)
+
+
+def _in_general(finding: Finding) -> Plan:
+    """Returns what helps against much that goes wrong: an earlier state, and smaller steps."""
+    return Plan(
+        (
+            Repair("roll_back", MODEL),
+            Repair("scale_learning_rate", MODEL, {"factor": _SMALLER}),
+        ),
+        "whatever the cause, from an earlier state with smaller steps",
+        finding.source,
+        MODEL,
+    )
 
 
 def _made(repair: Repair, situation: Situation) -> tuple[Repair, str]:
@@ -168,18 +213,16 @@ def _made(repair: Repair, situation: Situation) -> tuple[Repair, str]:
     return Repair(repair.name, repair.component, parameters), why
 
 
-def _factors(rate: Repair, situation: Situation) -> Iterator[tuple[float, str]]:
-    """Yields factors of a learning rate, the best founded first, with their derivations."""
-    component = rate.component
+def _rate(rate: Repair, component: str, times: float, situation: Situation) -> tuple[Repair, str]:
+    """Returns a change of the learning rate by a derived factor, and where that comes from."""
     listed = float(rate.parameters.get("factor", 0.3))
     factor, why = _derived(component, listed, situation)
-    if (factor < 1.0) != (listed < 1.0) or not math.isfinite(factor):
+    if not math.isfinite(factor) or (factor < 1.0) != (listed < 1.0):
         factor, why = listed, "the rule's own factor"
-    factor = _rounded(min(max(factor, _LEAST), _MOST))
-    yield factor, why
-    for other in (factor / _WIDER, factor * _WIDER):
-        if (other < 1.0) == (listed < 1.0) and _LEAST <= other <= _MOST:
-            yield _rounded(other), f"{other / factor:.2g} times that ({why})"
+    if times != 1.0:
+        why = f"{times:.2g} times that factor ({why})"
+    factor = _rounded(min(max(factor * times, _LEAST), _MOST))
+    return Repair("scale_learning_rate", component, {"factor": factor}), why
 
 
 def _derived(component: str, listed: float, situation: Situation) -> tuple[float, str]:

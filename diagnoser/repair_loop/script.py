@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ Mode = Literal["off", "suggest", "apply"]
 MOST_ROUNDS: Final = 4  # of trials, in a run
 SETTLING: Final = 20  # steps after a round before the next
 HEALTHY_KEPT: Final = 3  # last states from before any finding, beside the first of all
+RECENT: Final = 3  # measurements, in one of which what is acted on must have held
 HEALTHY_APART: Final = 10  # steps between two of them
 
 
@@ -76,9 +76,8 @@ class ScriptRepairs:
         self._applied: list[Applied] = []
         self._findings: tuple[Finding, ...] = ()
         self._rounds = 0
-        self._not_before = 0
+        self._not_before = self._repaired = 0
         self._refused = ""
-        self.seconds = 0.0
 
     @property
     def is_child(self) -> bool:
@@ -89,9 +88,15 @@ class ScriptRepairs:
         """Ends a trial whose script has ended."""
         self._forks.end(exit_code)
 
-    def found(self, findings: Sequence[Finding]) -> None:
-        """Is told what holds at the last measurement."""
-        self._findings = tuple(f for f in findings if is_grave(f.severity))
+    def found(self, recording: Recording, findings: Sequence[Finding]) -> None:
+        """Is told what was found; what no longer holds, and held before a repair, is left alone."""
+        since = max(_recently(recording), self._repaired)
+        self._findings = tuple(
+            f
+            for f in findings
+            if is_grave(f.severity)
+            and (not f.evidence or max(e.steps[1] for e in f.evidence) >= since)
+        )
 
     def begins(self) -> None:
         """Is called before the first step: the first state of all is kept."""
@@ -114,13 +119,9 @@ class ScriptRepairs:
             return
         if not any(r.name in ACTIONS for f in self._findings for r in f.repairs):
             return
-        begun = time.perf_counter()
-        try:
-            with self._monitor.guard("repair"):
-                settle(optimizer)
-                self._round(step)
-        finally:
-            self.seconds += time.perf_counter() - begun
+        with self._monitor.aside("repair"):
+            settle(optimizer)
+            self._round(step)
 
     # -- one round -------------------------------------------------------------------------------
 
@@ -162,6 +163,7 @@ class ScriptRepairs:
             self._note(attempt)
         if decision.plan is not None:
             self._applied.append(apply(live, decision.plan.actions))
+            self._repaired = step + 1
             self._healthy.clear()
 
     def _suggest(self, situation: Situation) -> None:
@@ -250,12 +252,7 @@ def _key(actions: Sequence[Repair]) -> object:
     return tuple((a.name, a.component, tuple(sorted(a.parameters.items()))) for a in actions)
 
 
-def firing_now(recording: Recording, findings: Sequence[Finding]) -> tuple[Finding, ...]:
-    """Returns the findings whose comparisons held at the last measurement or two before it."""
+def _recently(recording: Recording) -> int:
+    """Returns the step of the third last measurement: curvature is not in every one."""
     steps = sorted({int(step) for step in recording.measured.step})
-    recent = steps[-3] if len(steps) >= 3 else 0
-    return tuple(
-        finding
-        for finding in findings
-        if not finding.evidence or max(e.steps[1] for e in finding.evidence) >= recent
-    )
+    return steps[-RECENT] if len(steps) >= RECENT else 0

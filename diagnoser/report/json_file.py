@@ -191,4 +191,5 @@ def _cost(cost: Cost) -> dict[str, Any]:
         "measurements": int(cost.measurements),
         "training_s": _number(cost.training_s),
         "monitoring_s": _number(cost.monitoring_s),
+        "repairing_s": _number(cost.repairing_s),
     }

@@ -308,7 +308,8 @@ def cost_sentence(cost: Cost) -> str:
     else:
         training, part = "training time unknown", ""
     extent = f"{count(cost.steps, 'step')}, {count(cost.measurements, 'measurement')}"
-    return f"{extent}; {training}, monitoring {number(cost.monitoring_s)} s{part}"
+    trials = f", trials of repairs {number(cost.repairing_s)} s" if cost.repairing_s else ""
+    return f"{extent}; {training}, monitoring {number(cost.monitoring_s)} s{part}{trials}"
 
 
 def count(n: int, noun: str, plural: str = "") -> str:

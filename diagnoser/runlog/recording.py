@@ -343,6 +343,7 @@ def _ending(record: Record) -> Ending:
             measurements=_integer(cost["measurements"]),
             training_s=float(cost["training_s"]),
             monitoring_s=float(cost["monitoring_s"]),
+            repairing_s=float(cost.get("repairing_s", 0.0)),
         ),
         lost_records=_integer(record["lost_records"]),
     )

@@ -1,0 +1,333 @@
+"""What repairs come to: faulty runs, each repaired in several ways, beside their healthy twins.
+
+A run of a subject with a mistake, and its twin without, start from the same weights and see the
+same batches. Arms that act do so when the rules first find something grave; what differs is what
+they do then. ``python -m benchmarks.repair run`` makes what is missing of
+``benchmarks/results/repair.jsonl`` (4 CPU-hours), ``report`` prints what it comes to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import resource
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from diagnoser.benchmark.configuration import Configuration, catalogue
+from diagnoser.injection import Training, assemble, train
+from diagnoser.repair import ACTIONS
+from diagnoser.repair_loop import AUTOTRAINER, DIAGNOSER, Plan, Situation, Strategy
+from diagnoser.session import Watch
+from diagnoser.types import Repair
+from diagnoser.vocabulary import MODEL
+
+RESULTS: Final = Path(__file__).parent / "results" / "repair.jsonl"
+SEEDS: Final = tuple(range(10))
+HEALTHY_SEEDS: Final = tuple(range(5))
+RESTART: Final = 1000  # added to a seed: other weights, other batches
+OTHERS_S: Final = 900.0  # the longest a run may take
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A mistake on a subject; ``outside``: a training that runs can be repaired of it."""
+
+    subject: str
+    recipe: str
+    operator: str
+    severity: str
+    place: str
+
+    @property
+    def faulty(self) -> Configuration:
+        """Its configuration."""
+        injections = ((self.operator, self.severity, self.place),) if self.operator else ()
+        return Configuration(subject=self.subject, recipe=self.recipe, injections=injections)
+
+
+# One subject and place for each mistake whose harm is proven there (docs/benchmark.md), and which
+# an action can undo in a training that runs.
+CASES: Final = (
+    Case("vit", "a", "O1", "high", "model"),
+    Case("gpt", "b", "O2", "high", "model"),
+    Case("llama", "a", "O3", "high", "first"),
+    Case("seq2seq", "a", "O5b", "high", "model"),
+    Case("han", "b", "O6a", "high", "model"),
+    Case("llama", "b", "O11b", "high", "first"),
+    Case("llama", "b", "O12", "high", "last"),
+    Case("gpt", "a", "O14", "high", "first"),
+    Case("distilbert", "a", "S1", "high", "last"),
+    Case("llama", "b", "S3", "high", "last"),
+    Case("llama", "b", "S5", "high", "last"),
+    Case("distilbert", "b", "Q1", "high", "all"),
+    Case("llama", "b", "Q2", "high", "first"),
+    Case("distilbert", "b", "Q3", "high", "first"),
+    Case("distilbert", "b", "N2a", "extreme", "all"),
+    Case("llama", "a", "F1a", "high", "all"),
+    Case("llama", "a", "X2", "high", "all"),
+    Case("han", "a", "O3", "high", "all"),
+)
+HEALTHY: Final = tuple(
+    Case(subject, recipe, "", "", "")
+    for subject in ("vit", "gpt", "llama", "distilbert", "han", "video", "seq2seq", "series")
+    for recipe in ("a", "b", "c")
+)
+
+
+def _one_third(situation: Situation) -> Sequence[Plan]:
+    return [_plan(situation, Repair("scale_learning_rate", MODEL, {"factor": 1 / 3}))]
+
+
+def _paper(situation: Situation) -> Sequence[Plan]:
+    """Its 3.3: a lower learning rate on the group that was found, and nothing else."""
+    flagged = situation.findings[0].component
+    return [_plan(situation, Repair("scale_learning_rate", flagged, {"factor": 0.1}))]
+
+
+def _at_random(situation: Situation) -> Sequence[Plan]:
+    """Any action, anywhere, with numbers as people would try them."""
+    draw = random.Random(f"{situation.step} {situation.recording.losses.value[0]}")
+    numbers: Mapping[str, Mapping[str, Sequence[float]]] = {
+        "scale_learning_rate": {"factor": (0.1, 0.3, 3.0, 10.0)},
+        "clip_gradient": {"norm": (0.1, 1.0)},
+        "add_warmup": {"steps": (20, 100)},
+        "change_betas": {"beta2": (0.9, 0.99, 0.9999)},
+        "temper_attention": {"factor": (0.1, 0.3)},
+    }
+    names = [c.name for c in situation.recording.components]
+    found = []
+    for _ in range(50):  # the first of these that can be applied
+        name = draw.choice(sorted(ACTIONS))
+        parameters = {key: draw.choice(values) for key, values in numbers.get(name, {}).items()}
+        place = MODEL if draw.random() < 0.5 else draw.choice(names)
+        found.append(_plan(situation, Repair(name, place, parameters)))
+    return found
+
+
+def _plan(situation: Situation, repair: Repair) -> Plan:
+    first = situation.findings[0]
+    return Plan((repair,), "as this arm always does", first.source, first.component)
+
+
+ARMS: Final[Mapping[str, Strategy]] = {
+    "third": Strategy("third", _one_third, None),
+    "random": Strategy("random", _at_random, None),
+    "paper": Strategy("paper", _paper, None),
+    "autotrainer": AUTOTRAINER,
+    "diagnoser": DIAGNOSER,
+}
+UNWATCHED: Final = ("healthy", "nothing", "restart")
+
+
+def assembled(case: Case, seed: int, *, healthy: bool) -> Training:
+    """Returns a training, ready to run."""
+    known = catalogue()
+    subject = known.subject(case.subject)
+    configuration = case.faulty
+    injected = () if healthy else configuration.injected(known)
+    return assemble(subject, configuration.settings(subject), seed, injected)[0]
+
+
+def run(case: Case, arm: str, seed: int) -> dict[str, Any]:
+    """Makes one run and returns what it came to."""
+    training = assembled(
+        case, seed + (RESTART if arm == "restart" else 0), healthy=arm == "healthy"
+    )
+    begun = time.process_time()
+    row: dict[str, Any] = {}
+    if arm in UNWATCHED:
+        outcome = train(training)
+    else:
+        strategy = ARMS[arm]
+        with tempfile.TemporaryDirectory(prefix="diagnoser-repair-") as folder:
+            watch = Watch(
+                Path(folder) / "run",
+                models={MODEL: training.model},
+                repair="apply",
+                strategy=strategy,
+                rules="autotrainer" if strategy is AUTOTRAINER else None,
+            )
+            with watch:
+                outcome = train(training)
+            diagnosis = watch.diagnose(write=False)
+        row["attempts"] = [
+            {
+                "step": attempt.step,
+                "source": attempt.source,
+                "actions": [[a.name, a.component, dict(a.parameters)] for a in attempt.actions],
+                "kept": attempt.kept,
+                "reason": attempt.reason,
+                "steps": attempt.after.steps if attempt.after else 0,
+            }
+            for attempt in diagnosis.repairs
+        ]
+        row["causes"] = [[c.cause, c.component] for c in diagnosis.causes[:3]]
+        row["events"] = [e.message for e in watch.log.events if e.kind in ("repairs",)]
+        row["failures"] = [e.message for e in watch.log.events if e.kind == "monitor_error"]
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    row |= {
+        "score": outcome.score,
+        "loss": outcome.loss,
+        "cpu_s": time.process_time() - begun + children.ru_utime + children.ru_stime,
+    }
+    return row
+
+
+def head(case: Case, arm: str, seed: int) -> dict[str, Any]:
+    """What names a run."""
+    return {
+        "subject": case.subject, "recipe": case.recipe, "operator": case.operator,
+        "severity": case.severity, "place": case.place, "arm": arm, "seed": seed,
+    }  # fmt: skip
+
+
+def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What makes two rows the same run."""
+    names = ("subject", "recipe", "operator", "severity", "place", "arm", "seed")
+    return tuple(row[name] for name in names)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Returns the runs that are there; a line that was cut is not."""
+    rows = []
+    if path.exists():
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
+def in_forks(
+    wanted: Sequence[tuple[Case, str, int]], jobs: int, deadline: float
+) -> Iterator[dict[str, Any]]:
+    """Yields runs as they are finished; each is made in a fork of its own."""
+    torch.set_num_threads(1)
+    for case in {case.subject: case for case, _, _ in wanted}.values():
+        training = assembled(case, 0, healthy=True)
+        torch.optim.SGD(training.model.parameters(), lr=0.1)  # what is imported at first use is
+    waiting = list(reversed(wanted))
+    running: dict[int, tuple[tuple[Case, str, int], Path, float]] = {}
+    with tempfile.TemporaryDirectory(prefix="diagnoser-repair-") as folder:
+        while waiting or running:
+            while waiting and len(running) < jobs and time.monotonic() < deadline:
+                task = waiting.pop()
+                answer = Path(folder) / f"{len(waiting)}.json"
+                child = os.fork()
+                if child == 0:
+                    _answer(task, answer)
+                running[child] = (task, answer, time.monotonic())
+            if not running:
+                return
+            child, status, _ = os.wait4(-1, 0)
+            task, answer, _ = running.pop(child)
+            if answer.exists():
+                yield {**head(*task), **json.loads(answer.read_text("utf-8"))}
+                answer.unlink()
+            else:
+                yield {**head(*task), "problem": f"ended with {status}"}
+
+
+def _answer(task: tuple[Case, str, int], answer: Path) -> None:
+    code = 1
+    try:
+        try:
+            row = run(*task)
+        except Exception as error:
+            traceback.print_exc()
+            row = {"problem": f"{type(error).__name__}: {error}"}
+        part = answer.with_suffix(".part")
+        part.write_text(json.dumps(row), "utf-8")
+        part.replace(answer)
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def wanted(
+    cases: Sequence[Case], healthy: Sequence[Case], arms: Sequence[str], seeds: Sequence[int]
+) -> Iterator[tuple[Case, str, int]]:
+    """Yields all runs, whole seeds first: what is there after half of the time can be read."""
+    for seed in seeds:
+        for case in cases:
+            for arm in (*UNWATCHED, *ARMS):
+                if arm in arms:
+                    yield case, arm, seed
+        if seed - seeds[0] < len(HEALTHY_SEEDS):
+            for case in healthy:
+                for arm in ("healthy", "diagnoser"):
+                    if arm in arms:
+                        yield case, arm, seed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Makes runs, or prints what they come to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("action", choices=("run", "show"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=600)
+    parser.add_argument("--arm", action="append", default=[])
+    parser.add_argument("--operator", action="append", default=[])
+    parser.add_argument("--seed", type=int, action="append", default=[])
+    parser.add_argument("--without-healthy", action="store_true")
+    given = parser.parse_args(arguments)
+    if given.action == "run":
+        done = {key(row) for row in read(given.out)}
+        cases = [c for c in CASES if not given.operator or c.operator in given.operator]
+        todo = [
+            task
+            for task in wanted(
+                cases,
+                () if given.without_healthy else HEALTHY,
+                given.arm or (*UNWATCHED, *ARMS),
+                given.seed or SEEDS,
+            )
+            if key(head(*task)) not in done
+        ]
+        print(f"{len(todo)} runs", file=sys.stderr)
+        with given.out.open("a", encoding="utf-8") as file:
+            for row in in_forks(todo, given.jobs, time.monotonic() + 60 * given.minutes):
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+    show(read(given.out))
+    return 0
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints scores by case and arm."""
+    by: dict[tuple[Any, ...], dict[str, dict[int, Mapping[str, Any]]]] = {}
+    for row in rows:
+        by.setdefault(key(row)[:5], {}).setdefault(row["arm"], {})[row["seed"]] = row
+    for case, arms in by.items():
+        print(*case)
+        for arm, runs in arms.items():
+            scores = [run.get("score", math.nan) for run in runs.values()]
+            cpu = sum(run.get("cpu_s", 0.0) for run in runs.values()) / len(runs)
+            print(f"   {arm:12s} {cpu:6.1f} s", *(f"{score:8.3f}" for score in scores[:10]))
+            for seed, run in runs.items():
+                for attempt in run.get("attempts", ()):
+                    if attempt["kept"]:
+                        what = ", ".join(f"{a[0]} {a[1]} {a[2]}" for a in attempt["actions"][:3])
+                        print(
+                            f"        {seed}: step {attempt['step']}: {what}: {attempt['reason'][:90]}"
+                        )
+                if "problem" in run or run.get("failures"):
+                    print(f"        {seed}: {run.get('problem')} {run.get('failures')}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
