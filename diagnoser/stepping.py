@@ -10,9 +10,11 @@ it knows stays what it was, and the optimizer's state, which is kept by paramete
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,7 +42,8 @@ class Adjustment:
     Attributes:
         parameters: Identities of the parameters that it concerns; None: all of the optimizer's.
         options: Given a group as the script has it, the options that are other in the step.
-        before: Called with the optimizer before each step, when gradients are complete.
+        before: Called with the optimizer before each step, when gradients are complete: where the
+            step is given a closure that makes them, behind each call of it.
         after: Called behind each step.
     """
 
@@ -54,18 +57,28 @@ class Adjustment:
         return self.parameters is None or id(parameter) in self.parameters
 
 
+class _Piece(NamedTuple):
+    """What a step has in the place of a group, or of some of its parameters."""
+
+    used: Group
+    own: Group
+    made: Group  # what was in it before the step
+
+
 @dataclass(slots=True)
 class _Standing:
     """An optimizer's adjustments, and during a step the script's own groups."""
 
     adjustments: list[Adjustment]
-    active: list[Adjustment] = field(default_factory=list)  # of the step that is being made
     own: list[Group] | None = None
-    split: list[tuple[Group, Group]] | None = None  # (a copy, the group it is of)
+    split: list[_Piece] | None = None
+    in_force: tuple[Adjustment, ...] = ()  # in this step; one that is made in it is for the next
+    inner: int = 0  # steps within the step: an optimizer's that calls the one it is derived from
 
 
 _STANDING: WeakKeyDictionary[torch.optim.Optimizer, _Standing] = WeakKeyDictionary()
 _HOOKS: list[Any] = []
+_STEP = torch.optim.Optimizer.profile_hook_step(_nothing).__code__  # of every step with hooks
 
 
 def adjust(optimizer: torch.optim.Optimizer, adjustment: Adjustment) -> Callable[[], None]:
@@ -81,13 +94,12 @@ def adjust(optimizer: torch.optim.Optimizer, adjustment: Adjustment) -> Callable
         _HOOKS.append(register_optimizer_step_post_hook(_after))
 
     def remove() -> None:
-        if adjustment not in standing.adjustments:
-            return
-        _put_back(optimizer, standing)
-        standing.adjustments.remove(adjustment)
-        if not standing.adjustments:
-            _STANDING.pop(optimizer, None)
-        if not _STANDING:
+        if adjustment in standing.adjustments:
+            _put_back(optimizer, standing)
+            standing.adjustments.remove(adjustment)
+            if not standing.adjustments:
+                _STANDING.pop(optimizer, None)
+        if not _STANDING and next(_steps(), None) is None:  # torch goes through its hooks in one
             while _HOOKS:
                 _HOOKS.pop().remove()
 
@@ -99,7 +111,7 @@ def groups_of_step(optimizer: torch.optim.Optimizer) -> list[Group]:
     standing = _STANDING.get(optimizer)
     if standing is None or standing.own is not None:
         return optimizer.param_groups
-    return [group for group, _ in _split(optimizer.param_groups, standing.adjustments)]
+    return [piece.used for piece in _split(optimizer.param_groups, standing.adjustments)]
 
 
 def settle(optimizer: torch.optim.Optimizer) -> None:
@@ -109,58 +121,105 @@ def settle(optimizer: torch.optim.Optimizer) -> None:
         _put_back(optimizer, standing)
 
 
-def _before(optimizer: torch.optim.Optimizer, *_: object) -> None:
+def _before(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     standing = _STANDING.get(optimizer)
     if standing is None:
-        return
-    _put_back(optimizer, standing)  # a step that raised left its groups behind
-    standing.active = list(standing.adjustments)
-    for adjustment in standing.active:
-        adjustment.before(optimizer)
+        return None
+    if standing.own is not None:
+        if sum(stepping is optimizer for stepping in _steps()) > 1:
+            standing.inner += 1
+            return None
+        _put_back(optimizer, standing)  # a step that raised left its groups behind
+
+    def complete() -> None:
+        for adjustment in standing.in_force:
+            adjustment.before(optimizer)
+
+    standing.inner = 0
+    standing.in_force = tuple(standing.adjustments)
+    given = _with_closure(args, kwargs, complete)
+    if given is None:
+        complete()
     standing.split = _split(optimizer.param_groups, standing.adjustments)
     standing.own = list(optimizer.param_groups)
-    optimizer.param_groups[:] = [group for group, _ in standing.split]
+    optimizer.param_groups[:] = [piece.used for piece in standing.split]
+    return given
 
 
 def _after(optimizer: torch.optim.Optimizer, *_: object) -> None:
     standing = _STANDING.get(optimizer)
     if standing is None:
         return
+    if standing.inner:
+        standing.inner -= 1
+        return
     _put_back(optimizer, standing)
-    active, standing.active = standing.active, []
-    for adjustment in active:
+    for adjustment in standing.in_force:
         adjustment.after()
+    standing.in_force = ()
 
 
-def _split(groups: list[Group], adjustments: list[Adjustment]) -> list[tuple[Group, Group]]:
-    """Returns each group in the parts that are adjusted alike, with the group it is a part of."""
-    parts: list[tuple[Group, Group]] = []
+def _with_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Returns a step's arguments with ``then`` behind its closure, None where it has none."""
+    closure = kwargs.get("closure") if len(args) < 2 else args[1]
+    if not callable(closure):
+        return None
+
+    def closed() -> Any:
+        result = closure()
+        then()
+        return result
+
+    if len(args) < 2:
+        return args, {**kwargs, "closure": closed}
+    return (args[0], closed, *args[2:]), kwargs
+
+
+def _steps() -> Iterator[object]:
+    """Yields the optimizers that are making a step at this moment, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _STEP:
+            yield frame.f_locals.get("self")
+        frame = frame.f_back
+
+
+def _split(groups: list[Group], adjustments: list[Adjustment]) -> list[_Piece]:
+    """Returns each group in the parts that are adjusted alike."""
+    pieces: list[_Piece] = []
     for group in groups:
-        alike: dict[tuple[int, ...], list[Any]] = {}
+        changing = [a for a in adjustments if a.options(group)]
+        alike: dict[tuple[bool, ...], list[Any]] = {}
         for parameter in group["params"]:
-            key = tuple(i for i, a in enumerate(adjustments) if a.concerns(parameter))
-            alike.setdefault(key, []).append(parameter)
-        if set(alike) <= {()}:
-            parts.append((group, group))
+            alike.setdefault(tuple(a.concerns(parameter) for a in changing), []).append(parameter)
+        if not any(map(any, alike)):
+            pieces.append(_Piece(group, group, group))
             continue
         for key, parameters in alike.items():
             part = {**group, "params": parameters}
-            for i in key:
-                part |= adjustments[i].options(part)
-            parts.append((part, group))
-    return parts
+            for adjustment, concerned in zip(changing, key, strict=True):
+                if concerned:
+                    part |= adjustment.options(part)
+            pieces.append(_Piece(part, group, dict(part)))
+    return pieces
 
 
 def _put_back(optimizer: torch.optim.Optimizer, standing: _Standing) -> None:
-    """Puts the script's groups back, with what the optimizer itself wrote into the copies."""
+    """Puts the script's groups back, with what the optimizer itself wrote into the copies.
+
+    What it wrote over an adjusted option is adjusted itself, and is not kept.
+    """
     if standing.own is None or standing.split is None:
         return
-    adjusted = {"params"}
-    for _, group in standing.split:
-        for adjustment in standing.adjustments:
-            adjusted |= set(adjustment.options(group))
-    for part, group in standing.split:
-        if part is not group:
-            group |= {key: value for key, value in part.items() if key not in adjusted}
+    for used, own, made in standing.split:
+        if used is own:
+            continue
+        for key, value in used.items():
+            if key not in made or (value is not made[key] and made[key] is own.get(key)):
+                own[key] = value
     optimizer.param_groups[:] = standing.own
     standing.own = standing.split = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from inspect import Parameter, signature
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -25,6 +26,7 @@ from diagnoser.repair.weights import (
     unfreeze,
 )
 from diagnoser.types import Repair
+from diagnoser.vocabulary import REPAIRS
 
 Action = Callable[..., Undo | None]  # (live, component, **parameters)
 
@@ -68,12 +70,15 @@ def apply(live: Live, repairs: Iterable[Repair]) -> Applied:
     try:
         for repair in applied.repairs:
             action = ACTIONS.get(repair.name)
-            if action is None:
+            if action is None and repair.name in REPAIRS:
                 raise RepairError(f"{repair.name} changes the program: it needs a restart")
+            if action is None:
+                raise RepairError(f"no action {repair.name}; there are {', '.join(ACTIONS)}")
             parameters: dict[str, Any] = dict(repair.parameters)
+            _check(repair.name, action, parameters)
             try:
                 undo = action(live, repair.component, **parameters)
-            except TypeError as error:
+            except TypeError as error:  # text in the place of a number
                 raise RepairError(f"{repair.name}: {error}") from error
             if undo is not None:
                 applied._undo.append(undo)
@@ -81,3 +86,13 @@ def apply(live: Live, repairs: Iterable[Repair]) -> Applied:
         applied.take_back()
         raise
     return applied
+
+
+def _check(name: str, action: Action, given: Mapping[str, Any]) -> None:
+    takes = list(signature(action).parameters.values())[2:]
+    if unknown := sorted(set(given) - {parameter.name for parameter in takes}):
+        known = ", ".join(parameter.name for parameter in takes) or "no parameters"
+        raise RepairError(f"{name} takes {known}, not {', '.join(unknown)}")
+    missing = [p.name for p in takes if p.default is Parameter.empty and p.name not in given]
+    if missing:
+        raise RepairError(f"{name} needs {', '.join(missing)}")

@@ -25,39 +25,43 @@ def scale_learning_rate(live: Live, component: str, factor: float) -> Undo:
     A part of a fused parameter cannot have a rate of its own: the whole parameter gets it.
 
     Raises:
-        RepairError: No optimizer steps it, or the factor is no positive number.
+        RepairError: No optimizer steps it with a rate of its own, or the factor is no positive
+            number.
     """
     if not (math.isfinite(factor) and factor > 0):
         raise RepairError(f"scale_learning_rate: factor {factor} is no positive number")
+    optimizers = _stepping(live, component, "scale_learning_rate", "lr")
 
     def options(group: Options) -> Options:
-        return {"lr": group["lr"] * factor} if "lr" in group else {}
+        return {"lr": group["lr"] * factor} if group.get("lr") is not None else {}
 
-    return _adjust(live, component, lambda which: Adjustment(which, options))
+    return _adjust(live, component, optimizers, lambda which: Adjustment(which, options))
 
 
 def add_warmup(live: Live, component: str, steps: float) -> Undo:
     """Lets the learning rate rise from near zero to what it is over the next ``steps`` steps.
 
     Raises:
-        RepairError: No optimizer steps the component, or there are less than two steps.
+        RepairError: No optimizer steps the component with a rate of its own, or there are less
+            than two steps.
     """
-    if not steps >= 2:
+    if not (math.isfinite(steps) and steps >= 2):
         raise RepairError(f"add_warmup: {steps} steps; give 2 or more")
+    optimizers = _stepping(live, component, "add_warmup", "lr")
 
     def make(which: set[int] | None) -> Adjustment:
         made = [0]
 
         def options(group: Options) -> Options:
             share = (made[0] + 1) / (steps + 1)
-            return {"lr": group["lr"] * share} if "lr" in group and share < 1 else {}
+            return {"lr": group["lr"] * share} if group.get("lr") is not None and share < 1 else {}
 
         def after() -> None:
             made[0] += 1
 
         return Adjustment(which, options, after=after)
 
-    return _adjust(live, component, make)
+    return _adjust(live, component, optimizers, make)
 
 
 def change_betas(
@@ -66,56 +70,102 @@ def change_betas(
     """Gives Adam and its kin other averaging factors in every step from now on.
 
     Raises:
-        RepairError: Its optimizer has none, or one of them is not in [0, 1).
+        RepairError: Its optimizer has none, one of them is not in [0, 1), or none is given.
     """
+    if beta1 is None and beta2 is None:
+        raise RepairError("change_betas: give beta1, beta2 or both")
     for beta in (beta1, beta2):
         if beta is not None and not 0.0 <= beta < 1.0:
             raise RepairError(f"change_betas: {beta} is not in [0, 1)")
-    optimizers = live.with_optimizers_of(live.tensors(component))
-    if not any("betas" in group for o in optimizers for group in o.param_groups):
-        raise RepairError(f"change_betas: {type(optimizers[0]).__name__} has no betas")
+    optimizers = _stepping(live, component, "change_betas", "betas")
 
     def options(group: Options) -> Options:
-        if "betas" not in group:
+        if group.get("betas") is None:
             return {}
         first, second, *more = group["betas"]
         changed = (first if beta1 is None else beta1, second if beta2 is None else beta2, *more)
         return {"betas": changed}
 
-    return _adjust(live, component, lambda which: Adjustment(which, options))
+    return _adjust(live, component, optimizers, lambda which: Adjustment(which, options))
 
 
 def clip_gradient(live: Live, component: str, norm: float) -> Undo:
     """Scales the gradient of a component down to ``norm`` right before every step that exceeds it.
 
-    A gradient that is not finite is left alone, so that what looks for such still finds it.
+    A gradient that is not finite is left alone, so that what looks for such still finds it. Where
+    several optimizers share a component, each clips what it steps.
 
     Raises:
         RepairError: No optimizer steps it, or the norm is no positive number.
     """
     if not (math.isfinite(norm) and norm > 0):
         raise RepairError(f"clip_gradient: norm {norm} is no positive number")
-    tensors = live.tensors(component)
+    parts = live.parts(component)
 
+    @torch.no_grad()
     def before(optimizer: torch.optim.Optimizer) -> None:
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        gradients = [p.grad for p in tensors if p.grad is not None and id(p) in own]
-        dense = [g for g in gradients if g.layout == torch.strided]
-        if not dense:
+        gradients = [
+            part.view(tensor.grad)
+            for tensor, part in parts
+            if tensor.grad is not None and id(tensor) in own
+        ]
+        if not gradients:
             return
-        total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in dense]))
-        scale = float(norm / total) if bool(total.isfinite()) and float(total) > norm else 1.0
-        if scale < 1.0:
-            for gradient in dense:
-                gradient.mul_(scale)
+        norms = [_norm(gradient) for gradient in gradients]
+        total = torch.linalg.vector_norm(torch.stack([one.to(norms[0].device) for one in norms]))
+        scaled_by = getattr(optimizer, "grad_scale", None)  # by a GradScaler; fused steps undo it
+        most = norm if scaled_by is None else norm * float(scaled_by)
+        if bool(total.isfinite()) and float(total) > most:
+            for gradient in gradients:
+                gradient.mul_(most / float(total))
 
-    return _adjust(live, component, lambda which: Adjustment(which, before=before))
+    optimizers = live.with_optimizers_of([tensor for tensor, _ in parts])
+    return _adjust(live, component, optimizers, lambda which: Adjustment(which, before=before))
 
 
-def _adjust(live: Live, component: str, make: Callable[[set[int] | None], Adjustment]) -> Undo:
-    tensors: Sequence[Tensor] = live.tensors(component)
-    which = None if component == MODEL else {id(tensor) for tensor in tensors}
-    undo = [adjust(o, make(which)) for o in live.with_optimizers_of(tensors)]
+def _norm(gradient: Tensor) -> Tensor:
+    """Returns the norm of a gradient, of one with few rows as well, and of half precision."""
+    values: Tensor = gradient.coalesce().values() if gradient.is_sparse else gradient
+    precision = torch.promote_types(values.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=precision)
+    return norm
+
+
+def _stepping(live: Live, component: str, action: str, option: str) -> list[torch.optim.Optimizer]:
+    """Returns the optimizers that step a component and have an option for it.
+
+    Raises:
+        RepairError: There is none.
+    """
+    tensors = live.tensors(component)
+    wanted = {id(tensor) for tensor in tensors}
+    optimizers = live.with_optimizers_of(tensors)
+    able = [
+        optimizer
+        for optimizer in optimizers
+        if any(
+            group.get(option) is not None and any(id(p) in wanted for p in group["params"])
+            for group in optimizer.param_groups
+        )
+    ]
+    if not able:
+        raise RepairError(f"{action}: {type(optimizers[0]).__name__} has no {option}")
+    for optimizer in able if component != MODEL else ():
+        stepped = [p for group in optimizer.param_groups for p in group["params"]]
+        if isinstance(optimizer, torch.optim.LBFGS) and not {id(p) for p in stepped} <= wanted:
+            raise RepairError(f"{action}: LBFGS steps all parameters as one; give {MODEL}")
+    return able
+
+
+def _adjust(
+    live: Live,
+    component: str,
+    optimizers: Sequence[torch.optim.Optimizer],
+    make: Callable[[set[int] | None], Adjustment],
+) -> Undo:
+    which = None if component == MODEL else {id(tensor) for tensor in live.tensors(component)}
+    undo = [adjust(optimizer, make(which)) for optimizer in optimizers]
 
     def take_back() -> None:
         for one in undo:

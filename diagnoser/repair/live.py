@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diagnoser.components import layers_of, parameters_of, split_components
+from diagnoser.components import free_component, layers_of, parameters_of, split_components
 from diagnoser.errors import RepairError
 from diagnoser.types import Component, Part
 from diagnoser.vocabulary import MODEL
@@ -46,7 +46,11 @@ class Live:
         """Splits the models where that was left out."""
         if not self.components:
             found = split_components(self.models)
-            self.components = (*found, *layers_of(found))
+            free = [
+                free_component(name, tensor, len(found) + i)
+                for i, (name, tensor) in enumerate(self.free.items())
+            ]
+            self.components = (*found, *free, *layers_of(found))
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -73,7 +77,10 @@ class Live:
         leaves = [
             c
             for c in self.components
-            if c.layer != c.name or not any(o.layer == c.name for o in self.components if o != c)
+            if not any(
+                o is not c and o.layer == c.name and set(o.parts) <= set(c.parts)
+                for o in self.components
+            )
         ]
         if name == MODEL:
             return leaves

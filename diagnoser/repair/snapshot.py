@@ -41,7 +41,7 @@ class Snapshot:
         self._random = RandomStates.now()
         self._tensors: list[Tensor] = []  # the training's own
         self._place: dict[int, int] = {}
-        self._state_place: dict[tuple[int, int, str], int] = {}  # optimizer, parameter, its key
+        self._states: dict[tuple[int, int], dict[str, Any]] = {}  # of an optimizer and a parameter
         self._structure: list[Callable[[], None]] = []
         self._note_modules()
         for optimizer in live.optimizers:
@@ -92,19 +92,22 @@ class Snapshot:
         self._random.restore()
 
     def roll_back(self, parts: Iterable[tuple[Tensor, Part]] | None = None) -> None:
-        """Puts back weights and optimizer state alone, of some parts of parameters or of all.
+        """Puts back weights, buffers and optimizer state alone, of some parts of parameters or all.
 
         Schedules, random streams and learning rates stay as they are: the training goes on from
         old weights with new batches.
         """
         saved = self._contents()
-        if parts is None:
-            for model in self._live.models.values():
-                for buffer in model.buffers():
+        chosen = [(tensor, Part("")) for tensor in self._live.parameters.values()]
+        if parts is not None:
+            chosen = list(parts)
+        ids = {id(tensor) for tensor, _ in chosen}
+        for module in self._live.modules:
+            if parts is None or any(id(p) in ids for p in module._parameters.values()):
+                for buffer in module.buffers(recurse=False):
                     if id(buffer) in self._place:
                         _write(buffer, saved[self._place[id(buffer)]])
-            parts = [(tensor, Part("")) for tensor in self._live.parameters.values()]
-        for tensor, part in parts:
+        for tensor, part in chosen:
             if id(tensor) not in self._place:
                 continue
             now, then = part.view(tensor.data), part.view(saved[self._place[id(tensor)]])
@@ -152,10 +155,9 @@ class Snapshot:
             for key, value in content.items():
                 if isinstance(value, Tensor):
                     self._hold(value)
-                    place = self._place[id(value)]
-                    self._state_place[id(optimizer), id(parameter), key] = place
                 else:
                     content[key] = copy.deepcopy(value)
+            self._states[id(optimizer), id(parameter)] = content
 
         def put_back() -> None:
             for group, content, parameters in groups:
@@ -192,17 +194,32 @@ class Snapshot:
     def _roll_back_state(
         self, optimizer: torch.optim.Optimizer, tensor: Tensor, part: Part, saved: Sequence[Tensor]
     ) -> None:
+        held = self._states.get((id(optimizer), id(tensor)))
+        if part.dim is None:
+            if held is None:  # it was not there yet
+                optimizer.state.pop(tensor, None)
+                return
+            state = optimizer.state[tensor]
+            for key in set(state) - set(held):
+                del state[key]
+            for key, then in held.items():
+                if not isinstance(then, Tensor):
+                    state[key] = copy.deepcopy(then)
+                    continue
+                now, old = state.get(key), saved[self._place[id(then)]]
+                if isinstance(now, Tensor) and now.shape == old.shape:
+                    _write(now, old)
+                else:
+                    state[key] = old.clone()
+            return
         for key, value in optimizer.state.get(tensor, {}).items():
-            if not isinstance(value, Tensor):
+            if not isinstance(value, Tensor) or value.shape != tensor.shape:
                 continue
-            at = self._state_place.get((id(optimizer), id(tensor), key))
-            if value.shape != tensor.shape:
-                if part.dim is None and at is not None:
-                    _write(value, saved[at])
-            elif at is None:  # it was not there yet
-                part.view(value).zero_()
+            then = held.get(key) if held is not None else None
+            if isinstance(then, Tensor):
+                part.view(value).copy_(part.view(saved[self._place[id(then)]]))
             else:
-                part.view(value).copy_(part.view(saved[at]))
+                part.view(value).zero_()
 
 
 def size_of(live: Live) -> int:
