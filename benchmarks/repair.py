@@ -323,7 +323,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
                     if attempt["kept"]:
                         what = ", ".join(f"{a[0]} {a[1]} {a[2]}" for a in attempt["actions"][:3])
                         print(
-                            f"        {seed}: step {attempt['step']}: {what}: {attempt['reason'][:90]}"
+                            f"        {seed}: {attempt['step']}: {what}: {attempt['reason'][:90]}"
                         )
                 if "problem" in run or run.get("failures"):
                     print(f"        {seed}: {run.get('problem')} {run.get('failures')}")

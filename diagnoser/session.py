@@ -270,7 +270,7 @@ class Watch:
         recording = self._log.recording()
         diagnosis = diagnose(recording, self._rules)
         if self._repairs is not None:
-            self._repairs.found(recording, diagnosis.findings)
+            self._repairs.measured(recording)
         self._monitor.suspect(
             finding.component for finding in diagnosis.findings if finding.component != MODEL
         )

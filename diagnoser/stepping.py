@@ -114,6 +114,15 @@ def groups_of_step(optimizer: torch.optim.Optimizer) -> list[Group]:
     return [piece.used for piece in _split(optimizer.param_groups, standing.adjustments)]
 
 
+def own_rates(optimizer: torch.optim.Optimizer) -> dict[int, float] | None:
+    """Returns the script's own learning rates by parameter; None: nothing is adjusted."""
+    standing = _STANDING.get(optimizer)
+    if standing is None:
+        return None
+    groups = optimizer.param_groups if standing.own is None else standing.own
+    return {id(p): float(group["lr"]) for group in groups if "lr" in group for p in group["params"]}
+
+
 def settle(optimizer: torch.optim.Optimizer) -> None:
     """Puts the script's own groups back at the end of a step, before other hooks on it do."""
     standing = _STANDING.get(optimizer)

@@ -234,8 +234,14 @@ def root_mean_squares(s: Source, norm: str) -> Array:
     return s.component(norm).value / np.sqrt([[sizes[name]] for name in s.names])
 
 
+def scheduled_rate(s: Source) -> Array:
+    """The script's own learning rate of each component, without what a repair makes of it."""
+    factor = s.component("rate_factor").value
+    return s.component("learning_rate").value / np.where(np.isnan(factor), 1.0, factor)
+
+
 def learning_rate_to_peak(s: Source) -> Column:
-    rate = s.component("learning_rate").value
+    rate = scheduled_rate(s)
     return Column.exact(median_over_components(quotient(rate, np.fmax.accumulate(rate, axis=1))))
 
 
@@ -248,7 +254,7 @@ def resting_share(s: Source) -> Column:
 
 
 def since_peak_share(s: Source) -> Column:
-    rate = median_over_components(s.component("learning_rate").value)[0]
+    rate = median_over_components(scheduled_rate(s))[0]
     highest = np.fmax.accumulate(rate)
     risen = np.diff(highest, prepend=np.nan) > 0.0  # NaN before the first known rate
     first = ~np.isnan(highest) & (np.cumsum(~np.isnan(highest)) == 1)
@@ -440,7 +446,7 @@ def filled(values: Array) -> Array:
 
 def rate_growth(s: Source) -> Column:
     """Of the median component: learning rate over its first that is not zero."""
-    rate = median_over_components(s.component("learning_rate").value)
+    rate = median_over_components(scheduled_rate(s))
     return Column.exact(
         quotient(rate, np.broadcast_to(first_known(np.where(rate > 0, rate, np.nan)), rate.shape))
     )

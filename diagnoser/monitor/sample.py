@@ -206,6 +206,9 @@ class Sample:
         self.components("update_ratio", np.where(np.isfinite(ratio), ratio, np.nan))
         rates = {n: rule.learning_rate for n, rule in rules.items()}
         self.components("learning_rate", subject.per_component(rates))
+        factors = {n: rule.rate_factor for n, rule in rules.items()}
+        if any(factor != 1.0 for factor in factors.values()):
+            self.components("rate_factor", subject.per_component(factors))
         self.components("moment_ratio", self._moment_ratio())
 
     def read_lost_updates(self, rounded: Collection[str]) -> None:
@@ -513,5 +516,6 @@ class Sample:
 _INTERACTION_QUANTITIES = {"coupling", "coupling_share", "block_curvature"}
 _GRADIENT_QUANTITIES = {"reached", "gradient_norm", "zero_share", "non_finite_gradient"}
 _UPDATE_QUANTITIES = {
-    "optimized", "update_norm", "update_ratio", "learning_rate", "moment_ratio", "optimizers",
+    "optimized", "update_norm", "update_ratio", "learning_rate", "rate_factor", "moment_ratio",
+    "optimizers",
 }  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diagnoser.components import free_component, layers_of, parameters_of, split_components
 from diagnoser.statistics import PartList
-from diagnoser.stepping import groups_of_step
+from diagnoser.stepping import groups_of_step, own_rates
 from diagnoser.types import Component
 
 TORCHS_OWN = frozenset(vars(nn.Module()))  # attributes that every module has
@@ -57,6 +57,7 @@ class StepRule:
     factor: float
     second_moment: Tensor | None  # bias-corrected, shaped like the parameter; None: no such thing
     eps: float
+    rate_factor: float = 1.0  # what a repair multiplies the script's own learning rate by
 
     def preconditioner(self) -> Tensor:
         """Diagonal of P: the step is ``-learning_rate * P^-1 * average gradient``."""
@@ -160,6 +161,7 @@ def _fan_in_of(parameters: Mapping[str, Tensor], components: Sequence[Component]
 def step_rules(optimizer: torch.optim.Optimizer, name_of: Mapping[int, str]) -> dict[str, StepRule]:
     """Reads an optimizer's groups and state: how it steps every parameter it has."""
     rules: dict[str, StepRule] = {}
+    own = own_rates(optimizer) or {}
     for group in groups_of_step(optimizer):
         rate = float(group["lr"]) if "lr" in group else float("nan")
         betas = group.get("betas")
@@ -183,7 +185,9 @@ def step_rules(optimizer: torch.optim.Optimizer, name_of: Mapping[int, str]) -> 
                 factor = 1.0 / (2.0 + 2.0 * momentum)
             else:
                 factor = float("nan")  # an optimizer whose stability is not known
-            rules[name] = StepRule(rate, factor, second, float(group.get("eps", 0.0)))
+            repaired = rate / own[id(parameter)] if own.get(id(parameter)) else 1.0
+            eps = float(group.get("eps", 0.0))
+            rules[name] = StepRule(rate, factor, second, eps, repaired)
     return rules
 
 

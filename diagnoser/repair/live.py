@@ -33,6 +33,7 @@ class Live:
         free: Parameters that no module owns, by name.
         components: Of the models and free parameters; found by itself if left out.
         healthy: The last state from before anything was wrong; None: none was kept.
+        start: The state before the first step; None: it was not kept.
     """
 
     models: Mapping[str, nn.Module]
@@ -41,6 +42,7 @@ class Live:
     free: Mapping[str, Tensor] = field(default_factory=dict)
     components: Sequence[Component] = ()
     healthy: Earlier | None = None
+    start: Earlier | None = None
 
     def __post_init__(self) -> None:
         """Splits the models where that was left out."""

@@ -115,15 +115,24 @@ def register_parameters(live: Live, component: str) -> None:
             group["param_names"].append(next(n for n, p in live.parameters.items() if p is tensor))
 
 
-def roll_back(live: Live, component: str) -> None:
-    """Goes back to the weights and averages of the last healthy state, of a component or of all.
+def roll_back(live: Live, component: str, to: str = "healthy") -> None:
+    """Goes back to weights and averages of an earlier state, of a component or of all.
+
+    Args:
+        live: The training.
+        component: What goes back.
+        to: ``healthy``: the last state from before anything was wrong; ``start``: the first one.
 
     Raises:
-        RepairError: No healthy state was kept.
+        RepairError: There is no such state.
     """
-    if live.healthy is None:
-        raise RepairError("roll_back: no healthy state was kept before the fault")
-    live.healthy.roll_back(None if component == MODEL else live.parts(component))
+    if to not in ("healthy", "start"):
+        raise RepairError(f"roll_back: to {to[:40]}; give healthy or start")
+    state = live.healthy if to == "healthy" else live.start
+    if state is None:
+        missing = "healthy state was kept before the fault" if to == "healthy" else "start was kept"
+        raise RepairError(f"roll_back: no {missing}")
+    state.roll_back(None if component == MODEL else live.parts(component))
 
 
 def unfreeze(live: Live, component: str) -> None:

@@ -24,7 +24,7 @@ from diagnoser.table import Array, Scope, Table
 from diagnoser.types import Arm, Estimate, Evidence, Finding
 
 BETTER: Final = 0.03  # of the loss: what counts as better, and as not worse
-MUCH_BETTER: Final = 0.15  # better although the finding stands, or says nothing of now
+MUCH_BETTER: Final = 0.15  # better although the finding stands as it did
 SIGMAS: Final = 2.6  # standard errors; several plans are compared at a time
 FEWEST_STEPS: Final = 40
 MOST_STEPS: Final = 80
@@ -32,7 +32,9 @@ SHARE_COMPARED: Final = 0.5  # of a trial's steps, the last ones
 TOLD: Final = 0.1  # of the loss, the change that a trial's length is chosen to tell
 PAIRED: Final = 0.5  # what pairing leaves of the noise of a difference, about
 
-State = Literal["cured", "stands", "unknown"]
+# What a finding came to: gone; there, but less; there as it was; or not measured anew, because it
+# is about the start of the run, say.
+State = Literal["cured", "eased", "stands", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Continuation:
 
     arm: Arm
     losses: Array
-    states: Mapping[str, State]  # by source of finding: what it came to at the end
+    states: Mapping[str, State]  # by source of finding: cured, stands or unknown, by itself
     problem: str = ""
 
     @property
@@ -157,7 +159,12 @@ class Judged:
 
 
 def judge(
-    repaired: Continuation, twin: Continuation, source: str, *, latent: bool = False
+    repaired: Continuation,
+    twin: Continuation,
+    source: str,
+    *,
+    latent: bool = False,
+    local: bool = False,
 ) -> Judged:
     """Compares a repaired continuation with the one without the repair.
 
@@ -167,6 +174,8 @@ def judge(
         source: Of the finding that was to be cured.
         latent: The finding is a defect that the loss need not show: it is enough that it is gone
             and that the loss is not worse.
+        local: The repair does not lower the learning rate of the whole model, which makes any loss
+            lower for a while: any gain that is told from noise counts.
     """
     if repaired.problem:
         return Judged(False, repaired.problem, None)
@@ -176,22 +185,46 @@ def judge(
     value, error = found.value, found.std_error or 0.0
     if not math.isfinite(value):
         return Judged(False, "too few steps were made to compare losses", found)
-    new = sorted(set(repaired.arm.firing) - set(twin.arm.firing))
-    gone = repaired.states.get(source, "unknown")
     told = f"the loss is {abs(value):.1%} {'lower' if value < 0 else 'higher'} (± {error:.1%})"
+    new = sorted(set(repaired.arm.firing) - set(twin.arm.firing))
     if new:
         return Judged(False, f"it brought {', '.join(new)}; {told}", found)
+    state = _state(repaired, twin, source)
+    needed = {
+        "cured": BETTER if latent else 0.0 if local else -BETTER,
+        "unknown": 0.0 if local else -BETTER,
+        "eased": -BETTER,
+        "stands": -MUCH_BETTER,
+    }
+    now = {
+        "cured": "the finding is gone",
+        "unknown": "the finding is not about the present state",
+        "eased": "the finding has eased",
+        "stands": "the finding stands as it did",
+    }
     upper = value + SIGMAS * error
-    if gone == "cured" and upper < -BETTER:
-        return Judged(True, f"the finding is gone and {told}", found)
-    if gone == "cured" and latent and upper < BETTER:
-        return Judged(True, f"the finding is gone and {told}", found)
-    if upper < -MUCH_BETTER:
-        still = "stands" if gone == "stands" else "says nothing of the present state"
-        return Judged(True, f"{told}, although the finding {still}", found)
-    catching_up = _slope(repaired, twin) < 0 and gone != "stands"
-    words = {"cured": "the finding is gone, but", "stands": "the finding stands;", "unknown": ""}
-    return Judged(False, f"{words[gone]} {told}: no clear gain".strip(), found, catching_up)
+    keep = upper < needed[state]
+    text = f"{now[state]}; {told}{'' if keep else ': no clear gain'}"
+    hopeful = state != "stands" and _slope(repaired, twin) < 0
+    return Judged(keep, text, found, catching_up=hopeful and not keep)
+
+
+def _state(repaired: Continuation, twin: Continuation, source: str) -> State:
+    state = repaired.states.get(source, "unknown")
+    if state != "stands":
+        return state
+    before = {(e.feature, e.comparison): e for e in twin.arm.evidence}
+    pairs = [(e, before.get((e.feature, e.comparison))) for e in repaired.arm.evidence]
+    if not pairs or all(old is not None and new.observed == old.observed for new, old in pairs):
+        return "unknown"
+    eased = any(
+        old is not None
+        and (
+            new.observed < old.observed if new.comparison[0] == ">" else new.observed > old.observed
+        )
+        for new, old in pairs
+    )
+    return "eased" if eased else "stands"
 
 
 def _slope(repaired: Continuation, twin: Continuation) -> float:

@@ -26,8 +26,10 @@ from diagnoser.runlog import Recording
 from diagnoser.types import Attempt, Finding, Repair
 
 BUDGET: Final = (400, 2)  # steps of a round's trials, and how many more for each step made so far
-LONGER: Final = 2  # times as long, for weights that have to be learned again
-LATENT: Final = ("register_parameters", "unfreeze")  # what they mend, a loss need not show
+LONGER: Final = 3  # times as long, where the gain may still come
+MOST_LONGER: Final = 2  # plans that get that
+# What a loss need not show soon: parts of the program, or of the model, that do nothing.
+LATENT: Final = ("dead_component", "concave_region")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +72,9 @@ class Strategy:
     best: bool = True
 
 
-def _without_symptoms(
-    repaired: Continuation, twin: Continuation, source: str, *, latent: bool = False
-) -> Judged:
+def _without_symptoms(repaired: Continuation, twin: Continuation, source: str, **_: bool) -> Judged:
     """AutoTrainer's criterion: no symptom is left at the end of a retraining."""
-    del twin, source, latent
+    del twin, source
     if repaired.problem:
         return Judged(False, repaired.problem, None)
     left = ", ".join(repaired.arm.firing)
@@ -124,10 +124,9 @@ def round_of_trials(
     yield from arms.run(steps)
     if arms.problem:
         return Decision((), None, arms.problem)
-    if not arms.kept:
-        left = [result.plan for result in arms.results if _may_come(result)]
-        if left:
-            yield from arms.run(LONGER * steps, left)
+    hopeful = arms.hopeful
+    if hopeful and not arms.kept and strategy.best:
+        yield from arms.run(LONGER * steps, hopeful)
     return arms.decision()
 
 
@@ -138,10 +137,6 @@ class _Result:
     judged: Judged
     twin: Continuation
     batches: int
-
-
-def _may_come(result: _Result) -> bool:
-    return result.plan.redraws and result.judged.catching_up
 
 
 class _Arms:
@@ -176,6 +171,12 @@ class _Arms:
             worth, key=lambda result: (_gain(result)[0] > limit, self._left.index(result.plan))
         )
 
+    @property
+    def hopeful(self) -> list[Plan]:
+        """The plans whose gain may come later, the nearest to one first."""
+        waiting = sorted((r for r in self.results if r.judged.catching_up), key=_gain)
+        return [result.plan for result in waiting[:MOST_LONGER]]
+
     def run(self, steps: int, left: Sequence[Plan] = ()) -> Generator[Trial, Ran, None]:
         """Makes the twin and the repaired continuations; the results replace earlier ones."""
         unrepaired = yield Trial((), steps)
@@ -191,7 +192,7 @@ class _Arms:
             came_to = self._read(ran, plan)
             assert self._strategy.judge is not None
             judged = self._strategy.judge(
-                came_to, twin, plan.source, latent=any(a.name in LATENT for a in plan.actions)
+                came_to, twin, plan.source, latent=self._is_latent(plan), local=plan.is_local
             )
             self.results = [r for r in self.results if r.plan is not plan]
             self.results.append(_Result(plan, came_to, judged, twin, ran.batches))
@@ -205,6 +206,9 @@ class _Arms:
             nothing = self._situation.recording
             return continuation(nothing, first, self._rules, findings, ran.problem or "it failed")
         return continuation(ran.recording, first, self._rules, findings, ran.problem)
+
+    def _is_latent(self, plan: Plan) -> bool:
+        return any(f.fault in LATENT for f in self._situation.findings if f.source == plan.source)
 
     def _about(self, plan: Plan) -> list[Finding]:
         """Returns all findings, those that a plan is for first."""

@@ -22,6 +22,8 @@ from diagnoser.types import Finding, Repair
 from diagnoser.vocabulary import MODEL
 
 MOST_PLANS: Final = 6  # of one round of trials
+FIRST_TURN: Final = 2  # of these are for the first finding, before all others have a turn
+LARGE: Final = 3.0  # times the median matrix: weights that were drawn too large
 # What goes before a learning rate is lowered: weights that it has carried away.
 _FIRST: Final = ("roll_back", "reinitialize", "temper_attention", "reset_optimizer_state")
 _UPDATE: Final = 0.003  # share of its weights that a healthy step changes, about (Karpathy, cs231n)
@@ -59,9 +61,10 @@ class Plan:
         )
 
     @property
-    def redraws(self) -> bool:
-        """Whether weights have to be learned again, which takes more steps."""
-        return any(a.name in ("reinitialize", "roll_back") for a in self.actions)
+    def is_local(self) -> bool:
+        """Whether it leaves the learning rate of the whole model alone."""
+        rates = ("scale_learning_rate", "add_warmup")
+        return not any(a.name in rates and a.component == MODEL for a in self.actions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +115,15 @@ def plans(situation: Situation) -> tuple[Plan, ...]:
         if is_grave(finding.severity):
             by_rule.setdefault(finding.source, []).append(finding)
     queues = [list(_of_rule(findings, situation)) for findings in by_rule.values()]
-    if by_rule and situation.healthy_step is not None:
-        queues.append([_in_general(next(iter(by_rule.values()))[0])])
-    found: dict[object, Plan] = {}
-    for place in range(max(map(len, queues), default=0)):
-        for queue in queues:
+    if not queues:
+        return ()
+    first, *others = queues
+    likely, rest = first[:FIRST_TURN], first[FIRST_TURN:]
+    large = _drawn_too_large(next(iter(by_rule.values()))[0], situation)
+    general = [_in_general(next(iter(by_rule.values()))[0])]
+    found = {plan.key: plan for plan in (*likely, *large)}
+    for place in range(max(map(len, queues))):
+        for queue in (*others, general, rest):
             if place < len(queue):
                 found.setdefault(queue[place].key, queue[place])
     return tuple(found.values())
@@ -167,12 +174,15 @@ def _of_rule(findings: Sequence[Finding], situation: Situation) -> Iterator[Plan
         if situation.healthy_step is not None and "roll_back" not in before:
             before.insert(0, "roll_back")
         before = before if float(scaled(rate)[0][0].parameters["factor"]) < 1.0 else []
+        # Steps that were too long from the first one on leave no healthy state but that before it.
+        to = {"roll_back": {"to": "start"}} if rate.component == MODEL else {}
         for name in before:
-            yield plan(everywhere(Repair(name, rate.component)), scaled(rate))
+            yield plan(everywhere(Repair(name, rate.component, to.get(name, {}))), scaled(rate))
         yield plan(scaled(rate))
-        for times in (1.0 / _WIDER, _WIDER):
+        for times in (_WIDER, 1.0 / _WIDER):
             if before:
-                yield plan(everywhere(Repair(before[0], rate.component)), scaled(rate, times))
+                first_of_all = Repair(before[0], rate.component, to.get(before[0], {}))
+                yield plan(everywhere(first_of_all), scaled(rate, times))
             else:
                 yield plan(scaled(rate, times))
     for repair in listed:
@@ -190,14 +200,32 @@ def _by_cause(finding: Finding) -> Iterator[Repair]:
             yield Repair(name, finding.component, parameters)
 
 
+def _drawn_too_large(finding: Finding, situation: Situation) -> list[Plan]:
+    """Returns the plan to draw anew what started far larger than the rest, wherever it shows."""
+    table = situation.tables.get("component")
+    if table is None or "initial_weight_scale_to_median" not in table.columns:
+        return []
+    values = table.columns["initial_weight_scale_to_median"].value
+    names = [
+        name
+        for (name, _), row in zip(table.subjects, values, strict=True)
+        if np.isfinite(row).any() and row[np.isfinite(row)][-1] > LARGE
+    ]
+    if not names:
+        return []
+    why = f"they started more than {LARGE:g} times as large as the median matrix"
+    actions = tuple(Repair("reinitialize", name) for name in names)
+    return [Plan(actions, why, finding.source, names[0] if len(names) == 1 else MODEL)]
+
+
 def _in_general(finding: Finding) -> Plan:
     """Returns what helps against much that goes wrong: an earlier state, and smaller steps."""
     return Plan(
         (
-            Repair("roll_back", MODEL),
+            Repair("roll_back", MODEL, {"to": "start"}),
             Repair("scale_learning_rate", MODEL, {"factor": _SMALLER}),
         ),
-        "whatever the cause, from an earlier state with smaller steps",
+        "whatever the cause, from the start with smaller steps",
         finding.source,
         MODEL,
     )
@@ -206,6 +234,8 @@ def _in_general(finding: Finding) -> Plan:
 def _made(repair: Repair, situation: Situation) -> tuple[Repair, str]:
     """Returns an action with its numbers, and where they come from."""
     make = _NUMBERS.get(repair.name)
+    if repair.parameters.get("to") == "start":
+        return repair, "steps that are too long leave no healthy state but the first"
     if make is None or repair.parameters:
         why = _PLAIN.get(repair.name, "as the rule says")
         return repair, why.format(step=situation.healthy_step)

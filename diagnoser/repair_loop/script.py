@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal, NoReturn
 
 import torch
 
-from diagnoser.diagnosis import attempt_data, is_grave
+from diagnoser.diagnosis import attempt_data, diagnose, is_grave
 from diagnoser.errors import DiagnoserError, RepairError
 from diagnoser.features import feature_tables
 from diagnoser.monitor import Monitor
-from diagnoser.repair import ACTIONS, Applied, Live, Snapshot, apply
+from diagnoser.repair import Applied, Live, Snapshot, apply
 from diagnoser.repair_loop.forks import GUARANTEE, Forks, why_not
 from diagnoser.repair_loop.loop import (
     DIAGNOSER,
@@ -23,7 +23,7 @@ from diagnoser.repair_loop.loop import (
     round_of_trials,
 )
 from diagnoser.repair_loop.planning import Situation
-from diagnoser.rules import Rule
+from diagnoser.rules import Rule, precision_of
 from diagnoser.runlog import Recording, RunLogWriter
 from diagnoser.stepping import settle
 from diagnoser.types import Attempt, Finding, Repair
@@ -67,6 +67,8 @@ class ScriptRepairs:
         tries: bool = True,
     ) -> None:
         self._tries = tries
+        self._quick_rules = [replace(r, hold=1) if tries else r for r in rules]
+        self._precision = precision_of(rules)
         self._monitor, self._log, self._rules = monitor, log, rules
         self._directory, self._say, self._strategy = directory, say, strategy
         self._forks = Forks(monitor, log, directory / "trials", lambda: monitor.schedule.step_s)
@@ -77,7 +79,7 @@ class ScriptRepairs:
         self._findings: tuple[Finding, ...] = ()
         self._rounds = 0
         self._not_before = self._repaired = 0
-        self._refused = ""
+        self._refused = self._problem = ""
 
     @property
     def is_child(self) -> bool:
@@ -88,12 +90,17 @@ class ScriptRepairs:
         """Ends a trial whose script has ended."""
         self._forks.end(exit_code)
 
-    def found(self, recording: Recording, findings: Sequence[Finding]) -> None:
-        """Is told what was found; what no longer holds, and held before a repair, is left alone."""
+    def measured(self, recording: Recording) -> None:
+        """Is called after every measurement: looks for what can be acted on.
+
+        A rule that wants to be true several times in a row is taken at its first word, because
+        trials are to confirm it. What no longer holds, or held before a repair, is left alone.
+        """
+        diagnosis = diagnose(recording, self._quick_rules, precision=self._precision)
         since = max(_recently(recording), self._repaired)
         self._findings = tuple(
             f
-            for f in findings
+            for f in diagnosis.findings
             if is_grave(f.severity)
             and (not f.evidence or max(e.steps[1] for e in f.evidence) >= since)
         )
@@ -117,8 +124,6 @@ class ScriptRepairs:
             return
         if self._rounds >= MOST_ROUNDS or step < self._not_before or self._refused:
             return
-        if not any(r.name in ACTIONS for f in self._findings for r in f.repairs):
-            return
         with self._monitor.aside("repair"):
             settle(optimizer)
             self._round(step)
@@ -130,6 +135,7 @@ class ScriptRepairs:
         since = min(f.since_step for f in self._findings)
         healthy = [kept for kept in self._healthy if kept.step < max(since, 0)]
         live.healthy = healthy[-1].snapshot if healthy else None
+        live.start = self._healthy[0].snapshot if self._healthy else None
         recording = self._log.recording()
         situation = Situation(
             self._findings,
@@ -149,14 +155,14 @@ class ScriptRepairs:
         if refusal:
             self._refuse(refusal)
             return
-        self._say(f"diagnoser: step {step}: trying repairs in copies of this process")
         decision = self._decide(live, situation)
         if decision is None:
             return  # a child, which goes on with the script
-        self._rounds += 1
+        self._rounds += bool(decision.attempts)
         self._not_before = step + SETTLING
         self._findings = ()
-        if decision.problem:
+        if decision.problem and decision.problem != self._problem:
+            self._problem = decision.problem
             self._log.event(step, "repairs", decision.problem, {})
             self._say(f"diagnoser: step {step}: {decision.problem}")
         for attempt in decision.attempts:
@@ -164,7 +170,7 @@ class ScriptRepairs:
         if decision.plan is not None:
             self._applied.append(apply(live, decision.plan.actions))
             self._repaired = step + 1
-            self._healthy.clear()
+            del self._healthy[1:]
 
     def _suggest(self, situation: Situation) -> None:
         """Says, once for each finding, what would be tried first."""
@@ -181,6 +187,7 @@ class ScriptRepairs:
         trials = round_of_trials(situation, self._rules, self._tried, GUARANTEE, self._strategy)
         try:
             trial = next(trials)
+            self._say(f"diagnoser: step {situation.step}: trying repairs in copies of this process")
             while True:
                 ran = self._forks.run(live, trial)
                 if ran is None:
