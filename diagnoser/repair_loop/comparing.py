@@ -24,6 +24,7 @@ from diagnoser.table import Array, Scope, Table
 from diagnoser.types import Arm, Estimate, Evidence, Finding
 
 BETTER: Final = 0.03  # of the loss: what counts as better, and as not worse
+A_LITTLE: Final = 0.005  # the same where only a part is repaired
 MUCH_BETTER: Final = 0.15  # better although the finding stands as it did
 SIGMAS: Final = 2.6  # standard errors; several plans are compared at a time
 FEWEST_STEPS: Final = 40
@@ -191,8 +192,8 @@ def judge(
         return Judged(False, f"it brought {', '.join(new)}; {told}", found)
     state = _state(repaired, twin, source)
     needed = {
-        "cured": BETTER if latent else 0.0 if local else -BETTER,
-        "unknown": 0.0 if local else -BETTER,
+        "cured": BETTER if latent else -A_LITTLE if local else -BETTER,
+        "unknown": -A_LITTLE if local else -BETTER,
         "eased": -BETTER,
         "stands": -MUCH_BETTER,
     }

@@ -29,7 +29,7 @@ _FIRST: Final = ("roll_back", "reinitialize", "temper_attention", "reset_optimiz
 _UPDATE: Final = 0.003  # share of its weights that a healthy step changes, about (Karpathy, cs231n)
 _LOGIT: Final = 8.0  # largest attention logit that leaves a softmax something to learn
 _LEAST: Final = 1e-3  # factor of a learning rate
-_MOST: Final = 100.0
+_MOST: Final = 1000.0
 _WIDER: Final = 3.0  # the same plan once more with this much less, or more
 _STRONGER: Final = 0.1
 _SMALLER: Final = 0.1
@@ -179,7 +179,7 @@ def _of_rule(findings: Sequence[Finding], situation: Situation) -> Iterator[Plan
         for name in before:
             yield plan(everywhere(Repair(name, rate.component, to.get(name, {}))), scaled(rate))
         yield plan(scaled(rate))
-        for times in (_WIDER, 1.0 / _WIDER):
+        for times in (_WIDER, 1.0 / _WIDER) if before else (_WIDER, _WIDER**2, 1.0 / _WIDER):
             if before:
                 first_of_all = Repair(before[0], rate.component, to.get(before[0], {}))
                 yield plan(everywhere(first_of_all), scaled(rate, times))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,8 @@ MOST_ROUNDS: Final = 4  # of trials, in a run
 SETTLING: Final = 20  # steps after a round before the next
 HEALTHY_KEPT: Final = 3  # last states from before any finding, beside the first of all
 RECENT: Final = 3  # measurements, in one of which what is acted on must have held
+RECENT_LOSSES: Final = 10  # whose mean says whether a state is worth going back to:
+NEAR_LOWEST: Final = 1.1  # it is, up to this times the lowest such mean so far
 HEALTHY_APART: Final = 10  # steps between two of them
 
 
@@ -77,6 +80,8 @@ class ScriptRepairs:
         self._tried: set[object] = set()
         self._applied: list[Applied] = []
         self._findings: tuple[Finding, ...] = ()
+        self._at_repair: dict[tuple[str, str], tuple[float, ...]] = {}
+        self._lowest, self._is_healthy = math.inf, False
         self._rounds = 0
         self._not_before = self._repaired = 0
         self._refused = self._problem = ""
@@ -94,7 +99,8 @@ class ScriptRepairs:
         """Is called after every measurement: looks for what can be acted on.
 
         A rule that wants to be true several times in a row is taken at its first word, because
-        trials are to confirm it. What no longer holds, or held before a repair, is left alone.
+        trials are to confirm it. What no longer holds is left alone, and so is what was there when
+        a repair was kept and has not moved since: it is about the start of the run, say.
         """
         diagnosis = diagnose(recording, self._quick_rules, precision=self._precision)
         since = max(_recently(recording), self._repaired)
@@ -102,6 +108,7 @@ class ScriptRepairs:
             f
             for f in diagnosis.findings
             if is_grave(f.severity)
+            and self._at_repair.get((f.source, f.component)) != _observed(f)
             and (not f.evidence or max(e.steps[1] for e in f.evidence) >= since)
         )
 
@@ -118,9 +125,11 @@ class ScriptRepairs:
             self._forks.step_made()
             return
         step = self._monitor.step
-        if not self._findings:
-            if step - self._healthy[-1].step >= HEALTHY_APART if self._healthy else False:
+        if self._is_healthy:  # it was measured in this step or the one before
+            self._is_healthy = False
+            if self._healthy and step - self._healthy[-1].step >= HEALTHY_APART:
                 self._keep(step)
+        if not self._findings:
             return
         if self._rounds >= MOST_ROUNDS or step < self._not_before or self._refused:
             return
@@ -170,6 +179,7 @@ class ScriptRepairs:
         if decision.plan is not None:
             self._applied.append(apply(live, decision.plan.actions))
             self._repaired = step + 1
+            self._at_repair = {(f.source, f.component): _observed(f) for f in situation.findings}
             del self._healthy[1:]
 
     def _suggest(self, situation: Situation) -> None:
@@ -257,6 +267,10 @@ def _spelled(action: Repair) -> str:
 
 def _key(actions: Sequence[Repair]) -> object:
     return tuple((a.name, a.component, tuple(sorted(a.parameters.items()))) for a in actions)
+
+
+def _observed(finding: Finding) -> tuple[float, ...]:
+    return tuple(evidence.observed for evidence in finding.evidence)
 
 
 def _recently(recording: Recording) -> int:
