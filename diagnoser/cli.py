@@ -1,4 +1,4 @@
-"""The command line: ``diagnoser run | check | diagnose | report | rules | case | bench``."""
+"""The command line: ``diagnoser run | check | repair | diagnose | report | rules | ...``."""
 
 from __future__ import annotations
 
@@ -57,6 +57,73 @@ def _parser() -> argparse.ArgumentParser:
     verdict_help = "exit with 1 if faulty, 3 if inconclusive, when the script itself succeeded"
     run_help = "directory of a recorded run, the one with log.jsonl in it"
 
+    _add_run(commands, out_help, verdict_help)
+    _add_check(commands, out_help)
+
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="diagnose a recorded run again, without torch",
+        description="Diagnoses a recorded run again; neither torch nor the script is needed.",
+        epilog="The exit code is 0 for a healthy run, 1 faulty, 3 inconclusive, 2 for a mistake.",
+    )
+    diagnose.add_argument("run", type=Path, metavar="RUN", help=run_help)
+    _add_judges(diagnose)
+    diagnose.add_argument(
+        "--json", action="store_true", help="print diagnosis.json instead of text"
+    )
+    diagnose.set_defaults(command=_diagnose)
+
+    report = commands.add_parser(
+        "report",
+        help="write a recorded run as one HTML page",
+        description="Writes a recorded run as one self-contained HTML page.",
+    )
+    report.add_argument("run", type=Path, metavar="RUN", help=run_help)
+    report.add_argument(
+        "-o",
+        dest="file",
+        type=Path,
+        metavar="FILE.html",
+        help="the page to write (default: report.html in the run directory)",
+    )
+    _add_judges(report)
+    report.set_defaults(command=_report)
+
+    _add_repair(commands, out_help)
+
+    rules = commands.add_parser("rules", help="list, show or check rules")
+    actions = rules.add_subparsers(metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="all shipped rules, one a line")
+    listing.set_defaults(command=_rules_list)
+    show = actions.add_parser("show", help="one rule's file")
+    show.add_argument("id", metavar="ID", help="as `diagnoser rules list` prints it")
+    show.set_defaults(command=_rules_show)
+    check = actions.add_parser(
+        "check", help="load a directory of rules and run the examples in each file"
+    )
+    check.add_argument("directory", type=Path, metavar="DIR", help="directory of rule files")
+    check.set_defaults(command=_rules_check)
+
+    case = commands.add_parser("case", help="list or run the shipped cases")
+    case_actions = case.add_subparsers(metavar="ACTION", required=True)
+    case_list = case_actions.add_parser("list", help="the shipped cases and their faults")
+    case_list.set_defaults(command=_case_list)
+    case_run = case_actions.add_parser("run", help="run a case under the monitor")
+    case_run.add_argument("name", metavar="NAME", help="as `diagnoser case list` prints it")
+    case_run.add_argument(
+        "--fault", metavar="FAULT", help="one of the case's faults (default: healthy)"
+    )
+    case_run.add_argument("--out", type=Path, metavar="DIR", help=out_help)
+    case_run.add_argument("--exit-verdict", action="store_true", help=verdict_help)
+    case_run.set_defaults(command=_case_run)
+
+    _add_bench(commands)
+    return parser  # fmt: skip
+
+
+def _add_run(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], out_help: str, verdict_help: str
+) -> None:
     run = commands.add_parser(
         "run",
         allow_abbrev=False,  # an abbreviation of ours may be an option of the script
@@ -105,66 +172,6 @@ def _parser() -> argparse.ArgumentParser:
     script_arguments.required = False  # argparse says otherwise when SCRIPT is missing
     run.set_defaults(command=_run)
 
-    _add_check(commands, out_help)
-
-    diagnose = commands.add_parser(
-        "diagnose",
-        help="diagnose a recorded run again, without torch",
-        description="Diagnoses a recorded run again; neither torch nor the script is needed.",
-        epilog="The exit code is 0 for a healthy run, 1 faulty, 3 inconclusive, 2 for a mistake.",
-    )
-    diagnose.add_argument("run", type=Path, metavar="RUN", help=run_help)
-    _add_judges(diagnose)
-    diagnose.add_argument(
-        "--json", action="store_true", help="print diagnosis.json instead of text"
-    )
-    diagnose.set_defaults(command=_diagnose)
-
-    report = commands.add_parser(
-        "report",
-        help="write a recorded run as one HTML page",
-        description="Writes a recorded run as one self-contained HTML page.",
-    )
-    report.add_argument("run", type=Path, metavar="RUN", help=run_help)
-    report.add_argument(
-        "-o",
-        dest="file",
-        type=Path,
-        metavar="FILE.html",
-        help="the page to write (default: report.html in the run directory)",
-    )
-    _add_judges(report)
-    report.set_defaults(command=_report)
-
-    rules = commands.add_parser("rules", help="list, show or check rules")
-    actions = rules.add_subparsers(metavar="ACTION", required=True)
-    listing = actions.add_parser("list", help="all shipped rules, one a line")
-    listing.set_defaults(command=_rules_list)
-    show = actions.add_parser("show", help="one rule's file")
-    show.add_argument("id", metavar="ID", help="as `diagnoser rules list` prints it")
-    show.set_defaults(command=_rules_show)
-    check = actions.add_parser(
-        "check", help="load a directory of rules and run the examples in each file"
-    )
-    check.add_argument("directory", type=Path, metavar="DIR", help="directory of rule files")
-    check.set_defaults(command=_rules_check)
-
-    case = commands.add_parser("case", help="list or run the shipped cases")
-    case_actions = case.add_subparsers(metavar="ACTION", required=True)
-    case_list = case_actions.add_parser("list", help="the shipped cases and their faults")
-    case_list.set_defaults(command=_case_list)
-    case_run = case_actions.add_parser("run", help="run a case under the monitor")
-    case_run.add_argument("name", metavar="NAME", help="as `diagnoser case list` prints it")
-    case_run.add_argument(
-        "--fault", metavar="FAULT", help="one of the case's faults (default: healthy)"
-    )
-    case_run.add_argument("--out", type=Path, metavar="DIR", help=out_help)
-    case_run.add_argument("--exit-verdict", action="store_true", help=verdict_help)
-    case_run.set_defaults(command=_case_run)
-
-    _add_bench(commands)
-    return parser  # fmt: skip
-
 
 def _add_check(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], out_help: str
@@ -200,6 +207,29 @@ def _add_check(
     )
     check_arguments.required = False
     check.set_defaults(command=_check)
+
+
+def _add_repair(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], out_help: str
+) -> None:
+    repair = commands.add_parser(
+        "repair",
+        help="run a shipped case, and repair it while it runs",
+        description="Runs a shipped case under the monitor. What is found is repaired: each repair "
+        "is tried in a copy of the process beside one without it, on the same batches, and the "
+        "best is kept if it helped.",
+        epilog="The exit code is 0 if the case is healthy or was repaired, 1 if not, 2 for a "
+        "mistake in this command line, 130 for Ctrl-C.",
+    )
+    repair.add_argument("case", metavar="CASE", help="as `diagnoser case list` prints it")
+    repair.add_argument(
+        "--fault",
+        metavar="FAULT",
+        help="one of the case's faults (default: its first; `none` for the healthy form)",
+    )
+    repair.add_argument("--out", type=Path, metavar="DIR", help=out_help)
+    _add_strategy(repair)
+    repair.set_defaults(command=_repair)
 
 
 def _add_judges(command: argparse.ArgumentParser) -> None:
@@ -468,6 +498,30 @@ def _case_run(arguments: argparse.Namespace) -> int:
     case = load_case(arguments.name)
     outcome = run_script(case.script, command_line(case, arguments.fault), out=arguments.out)
     return _end_of_run(outcome, exit_verdict=arguments.exit_verdict)
+
+
+def _repair(arguments: argparse.Namespace) -> int:
+    from diagnoser.cases import command_line, load_case
+    from diagnoser.launch import run_script
+    from diagnoser.session import strategy_named
+
+    case = load_case(arguments.case)
+    fault = arguments.fault
+    if fault is None and case.faults:
+        fault = case.faults[0].name
+    outcome = run_script(
+        case.script,
+        command_line(case, None if fault == "none" else fault),
+        out=arguments.out,
+        repair="apply",
+        strategy=strategy_named(arguments.strategy),
+    )
+    _end_of_run(outcome, exit_verdict=False)
+    if outcome.exit_code != 0 or outcome.diagnosis is None:
+        return outcome.exit_code
+    kept = any(attempt.kept for attempt in outcome.diagnosis.repairs)
+    repaired = kept and not outcome.left
+    return 0 if repaired or outcome.diagnosis.verdict == "healthy" else 1
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -22,19 +22,23 @@ from pathlib import Path
 from diagnoser.errors import DiagnoserError, UsageError
 from diagnoser.repair_loop import DIAGNOSER, Mode, Strategy
 from diagnoser.session import Limit, Stopped, Watch, to_stderr
-from diagnoser.types import Diagnosis
+from diagnoser.types import Diagnosis, Finding
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a script ended, and what was found; ``diagnosis`` is None when watching is off."""
+    """How a script ended, and what was found; ``diagnosis`` is None when watching is off.
+
+    ``left`` is what still held at the last measurement where repairs were tried.
+    """
 
     exit_code: int
     diagnosis: Diagnosis | None
     directory: Path | None
     problem: str | None = None  # why the diagnosis could not be made or written
+    left: tuple[Finding, ...] = ()
 
 
 def run_script(
@@ -95,9 +99,10 @@ def run_script(
     if watch.directory is None:
         return Outcome(exit_code, None, None)
     try:
-        return Outcome(exit_code, watch.diagnose(), watch.directory)
+        return Outcome(exit_code, watch.diagnose(), watch.directory, left=watch.left)
     except DiagnoserError as error:  # a full disk is no reason not to say what was found
-        return Outcome(exit_code, watch.diagnose(write=False), watch.directory, str(error))
+        seen = watch.diagnose(write=False)
+        return Outcome(exit_code, seen, watch.directory, str(error), watch.left)
     except Exception as error:  # a mistake of ours: the script's exit code still counts
         problem = f"{watch.directory}: no diagnosis could be made ({error!r}); the log is kept"
         return Outcome(exit_code, None, watch.directory, problem)

@@ -188,6 +188,8 @@ class Watch:
             return
         self.end_trial(exit_code)
         self._finished = True
+        if self._repairs is not None:
+            self._repairs.finish()
         if self._monitor.subject is None and self._monitor.step == 0:
             self._log.event(0, "nothing_seen", self._why_nothing(), {})
         self._monitor.finish(exit_code)
@@ -196,6 +198,11 @@ class Watch:
         self._log.close()
         if self._log.failure is not None:
             self._say(f"diagnoser: {self._log.failure}")
+
+    @property
+    def left(self) -> tuple[Finding, ...]:
+        """With ``repair=``: what held at the last measurement, of severity medium or more."""
+        return self._repairs.left if self._repairs is not None else ()
 
     def end_trial(self, exit_code: int | None) -> None:
         """Ends this process where it is a trial: what follows a training is no business of it."""

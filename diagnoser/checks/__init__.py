@@ -25,6 +25,7 @@ from diagnoser.checks import (
     wiring,
 )
 from diagnoser.checks.calls import Call, Calls, LossCall
+from diagnoser.checks.held import HeldBatch
 from diagnoser.checks.modes import scored_in_training
 from diagnoser.checks.seen import Found, Seen
 from diagnoser.checks.trace import user_line
@@ -226,6 +227,7 @@ __all__ = [
     "Calls",
     "Check",
     "Found",
+    "HeldBatch",
     "LossCall",
     "Seen",
     "examine",

@@ -10,21 +10,18 @@ import copy
 import io
 import math
 import time
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - as everybody calls it
-from torch import Tensor, nn
+from torch import nn
 
-from diagnoser.checks.calls import LossCall, changed, tensors_of
+from diagnoser.checks.calls import changed, tensors_of
+from diagnoser.checks.held import LossOf, loss_of_outputs
 from diagnoser.checks.seen import Found, Seen
 from diagnoser.errors import MeasurementError
 
 STEPS = 200  # at most, of each learning rate
 RATES = (1e-3, 1e-2)
 LEARNT = 0.9  # share of the loss that is gone: enough is known then
-
-LossOf = Callable[[list[Tensor]], Tensor]
 
 
 def overfit_one_batch(seen: Seen, found: Found, seconds: float = 15.0) -> None:
@@ -38,7 +35,7 @@ def overfit_one_batch(seen: Seen, found: Found, seconds: float = 15.0) -> None:
     Costs: as many steps of training as fit into ``seconds``.
     """
     call = seen.main
-    loss_of = _loss_of(seen)
+    loss_of = loss_of_outputs(seen)
     ends = time.perf_counter() + seconds
     falls = []
     for rate in RATES:
@@ -82,32 +79,3 @@ def _fall(
             parameter.grad = gradient
         optimizer.step()
     return 1.0 - best / first if first > 0 else math.nan
-
-
-def _loss_of(seen: Seen) -> LossOf:
-    """Returns how the loss follows from the tensors that the model returns."""
-    outputs = list(tensors_of(seen.main.output))
-    for i, output in enumerate(outputs):
-        if output is seen.loss:
-            return lambda tensors: tensors[i]
-    call = seen.loss_call()
-    if call is None:
-        raise MeasurementError("the loss is no single call of a loss function of torch")
-    for i, output in enumerate(outputs):
-        if output.numel() == call.scores.numel() and torch.equal(
-            output.detach().reshape(-1), call.scores.detach().reshape(-1)
-        ):
-            return _again(call, i)
-    raise MeasurementError("what the loss is given is no output of the model, or a part of one")
-
-
-def _again(call: LossCall, position: int) -> LossOf:
-    function = getattr(F, call.name)
-    target = call.target.detach()
-
-    def loss_of(tensors: list[Tensor]) -> Tensor:
-        scores = tensors[position].reshape(call.scores.shape)
-        loss: Tensor = function(scores, target, **call.options)
-        return loss.mean()
-
-    return loss_of

@@ -29,6 +29,7 @@ class Checking:
     Attributes:
         calls: Of the running step, if they were recorded.
         memory: What checks keep from one step to the next.
+        wanted: The calls of the coming steps are wanted for something else, too.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Checking:
         self._log = log
         self._notes = interception.notes
         self._optimizers = interception.books.optimizers
+        self.wanted = False
         self._record_all = record_all
         self._due: bool | None = None  # in the running step; asked before its forward
         self._placed: set[tuple[str, str]] = set()
@@ -66,7 +68,9 @@ class Checking:
         self.recorder.step = step
         if first:
             self._due = schedule.wants_checks(step)
-        if self._due or self._record_all:  # again after each of several backwards of a step
+        if (
+            self._due or self._record_all or self.wanted
+        ):  # again after each of several backwards of a step
             self.recorder.start()
 
     def run(self, checks: Callable[[Seen], Found], seen: Seen) -> None:

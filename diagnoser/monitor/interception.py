@@ -106,6 +106,7 @@ class Books:
     tensor_hooks: References[OrderedDict[int, Any]]  # autograd holds the dictionaries themselves
     backward_hooks: References[BackwardHook]
     scalers: References[Any]  # that have scaled a loss
+    schedulers: References[Any]
     optimizer_places: dict[int, Where]  # id of an optimizer -> where it was made
 
     def note_living_modules(self) -> None:
@@ -149,6 +150,7 @@ class Interception:
             tensor_hooks=References(),
             backward_hooks=References(),
             scalers=References(),
+            schedulers=References(),
             optimizer_places={},
         )
         self.notes = Notes()
@@ -194,7 +196,9 @@ class Interception:
         self._after(BackwardHook, "__init__", lambda hook, *_: books.backward_hooks.add(hook))
         self._note_scaled_losses()
         self._note_clips()
-        self._after(torch.optim.lr_scheduler.LRScheduler, "step", self._note_schedule)
+        schedule = torch.optim.lr_scheduler.LRScheduler
+        self._after(schedule, "__init__", lambda made, *_: books.schedulers.add(made))
+        self._after(schedule, "step", self._note_schedule)
         self._note_calls()
         return self
 

@@ -18,7 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diagnoser.checks import Calls, Found, Seen, examine, examine_before, examine_often, user_line
+from diagnoser.checks import (
+    Calls,
+    Found,
+    HeldBatch,
+    Seen,
+    examine,
+    examine_before,
+    examine_often,
+    user_line,
+)
 from diagnoser.curvature import ON_A_PROBE, Operator, ProbeSet, out_of_memory
 from diagnoser.errors import MeasurementError
 from diagnoser.monitor.checking import Checking
@@ -83,6 +92,7 @@ class Monitor:
         self.step = 0
         self.measurements = 0
         self.subject: Subject | None = None
+        self.held: HeldBatch | None = None
         self._books = interception.books
         self._checking = Checking(log, interception, record_all=record_all)
         self._models = models
@@ -136,8 +146,35 @@ class Monitor:
                 self._note_loss(loss)
             if self._plan and self._backwards == 1:
                 self._measure_before(loss)
+            if self._checking.wanted and self._checking.calls is not None:
+                self._hold(loss)
             if self._checking.is_due(self.step, self.schedule):
                 self._check(loss, examine)
+
+    def hold_batch(self) -> None:
+        """Asks for the batch of the coming step to be held; see `held`."""
+        self.held, self._checking.wanted = None, True
+
+    def held_loss(self) -> float:
+        """Returns the loss of the held batch with the present weights; NaN where none is held."""
+        if self.held is None or self.subject is None:
+            return math.nan
+        with self._quietly(self.subject):
+            try:
+                return self.held.loss(self.subject.parameters.values())
+            except MeasurementError:
+                self.held = None
+                return math.nan
+
+    def _hold(self, loss: Tensor) -> None:
+        self._checking.wanted = False
+        if self.subject is None:
+            return
+        with self._quietly(self.subject):
+            try:
+                self.held = HeldBatch(self._seen(loss, self._checking.calls))
+            except MeasurementError:
+                self.held = None
 
     def after_backward(self) -> None:
         """See `interception.Listener`."""
@@ -634,6 +671,16 @@ class Monitor:
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
         """All that step what is watched."""
         return tuple(self._optimizers())
+
+    @property
+    def others(self) -> tuple[Any, ...]:
+        """Schedules and gradient scalers that were seen."""
+        return (*self._books.schedulers, *self._books.scalers)
+
+    @property
+    def last_loss(self) -> float:
+        """The loss of the running step; on a device it is waited for."""
+        return float(self._loss)
 
     @property
     def is_complete(self) -> bool:

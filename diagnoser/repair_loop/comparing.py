@@ -33,6 +33,8 @@ SHARE_COMPARED: Final = 0.5  # of a trial's steps, the last ones
 TOLD: Final = 0.1  # of the loss, the change that a trial's length is chosen to tell
 PAIRED: Final = 0.5  # what pairing leaves of the noise of a difference, about
 
+# Shares of a trial at which it is measured, the last one early enough for its second step.
+MEASURED_AT: Final = (0.1, 0.5, 0.8)
 # What a finding came to: gone; there, but less; there as it was; or not measured anew, because it
 # is about the start of the run, say.
 State = Literal["cured", "eased", "stands", "unknown"]
@@ -62,19 +64,30 @@ def trial_steps(losses: Array) -> tuple[int, str]:
     Enough for a change of a tenth of the loss to be told from the noise of the last twenty losses
     around their line, on half of the steps, at `SIGMAS` standard errors.
     """
-    recent = losses[-20:]
-    recent = recent[np.isfinite(recent)]
-    if len(recent) < 5:
+    share = _noise(losses[-20:])
+    if math.isnan(share):
         return FEWEST_STEPS, f"{FEWEST_STEPS} steps: too few losses to tell their noise"
-    at = np.arange(len(recent))
-    noise = float(np.std(recent - np.polyval(np.polyfit(at, recent, 1), at), ddof=2))
-    share = noise / max(abs(float(np.mean(recent))), 1e-12)
     needed = (SIGMAS * PAIRED * math.sqrt(2.0) * share / TOLD) ** 2 / SHARE_COMPARED
     steps = math.ceil(min(max(needed, FEWEST_STEPS), MOST_STEPS))
     return steps, (
         f"{steps} steps: losses scatter by {share:.0%} from batch to batch, and a change of "
         f"{TOLD:.0%} is to be told from that"
     )
+
+
+def _noise(losses: Array) -> float:
+    """Returns the scatter of losses around their line, as a share of their mean; NaN: too few."""
+    known = losses[np.isfinite(losses)]
+    if len(known) < 5:
+        return math.nan
+    at = np.arange(len(known))
+    rest = known - np.polyval(np.polyfit(at, known, 1), at)
+    return float(np.std(rest, ddof=2)) / max(abs(float(np.mean(known))), 1e-12)
+
+
+def scatter(losses: Array) -> float:
+    """Returns the standard error of a loss before against one after, as a share of it."""
+    return _noise(losses) * math.sqrt(2.0 / max(SHARE_COMPARED * len(losses), 1.0))
 
 
 def continuation(
@@ -191,12 +204,6 @@ def judge(
     if new:
         return Judged(False, f"it brought {', '.join(new)}; {told}", found)
     state = _state(repaired, twin, source)
-    needed = {
-        "cured": BETTER if latent else -A_LITTLE if local else -BETTER,
-        "unknown": -A_LITTLE if local else -BETTER,
-        "eased": -BETTER,
-        "stands": -MUCH_BETTER,
-    }
     now = {
         "cured": "the finding is gone",
         "unknown": "the finding is not about the present state",
@@ -204,10 +211,21 @@ def judge(
         "stands": "the finding stands as it did",
     }
     upper = value + SIGMAS * error
-    keep = upper < needed[state]
+    keep = upper < needed_gain(state, latent=latent, local=local)
     text = f"{now[state]}; {told}{'' if keep else ': no clear gain'}"
     hopeful = state != "stands" and _slope(repaired, twin) < 0
     return Judged(keep, text, found, catching_up=hopeful and not keep)
+
+
+def needed_gain(state: State, *, latent: bool, local: bool) -> float:
+    """Returns what the upper bound of a difference must lie below; see `judge`."""
+    little = -A_LITTLE if local else -BETTER
+    return {
+        "cured": BETTER if latent else little,
+        "unknown": little,
+        "eased": -BETTER,
+        "stands": -MUCH_BETTER,
+    }[state]
 
 
 def _state(repaired: Continuation, twin: Continuation, source: str) -> State:

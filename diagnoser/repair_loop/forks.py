@@ -30,6 +30,7 @@ from diagnoser.errors import DiagnoserError, RunLogError
 from diagnoser.monitor import Monitor
 from diagnoser.repair import Live, apply
 from diagnoser.repair.snapshot import size_of, spelled
+from diagnoser.repair_loop.comparing import MEASURED_AT
 from diagnoser.repair_loop.loop import Ran, Trial
 from diagnoser.runlog import RunLogWriter, read_run
 
@@ -41,7 +42,6 @@ POLL_S: Final = 0.005
 SLOWER: Final = 12.0  # times the usual time of a step that a trial may take, and
 AT_LEAST_S: Final = 60.0
 ROOM: Final = 3.0  # times weights and optimizer state that a child may write to
-MEASURED_AT: Final = (0.1, 0.5, 0.8)  # shares of a trial; the last one early enough for its second
 WRITES: Final = frozenset("wax+")
 ACTS: Final = frozenset(
     {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink",

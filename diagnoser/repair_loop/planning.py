@@ -33,6 +33,7 @@ _MOST: Final = 1000.0
 _WIDER: Final = 3.0  # the same plan once more with this much less, or more
 _STRONGER: Final = 0.1
 _SMALLER: Final = 0.1
+_OF_THE_PROGRAM: Final = ("dead_component", "program_defect")  # no smaller step mends these
 _OF_CAUSE: Final[Mapping[str, tuple[str, ...]]] = {
     "learning_rate_too_high": ("scale_learning_rate",),
     "learning_rate_too_low": ("scale_learning_rate",),
@@ -119,8 +120,9 @@ def plans(situation: Situation) -> tuple[Plan, ...]:
         return ()
     first, *others = queues
     likely, rest = first[:FIRST_TURN], first[FIRST_TURN:]
-    large = _drawn_too_large(next(iter(by_rule.values()))[0], situation)
-    general = [_in_general(next(iter(by_rule.values()))[0])]
+    first_finding = next(iter(by_rule.values()))[0]
+    large = _drawn_too_large(first_finding, situation)
+    general = [] if first_finding.fault in _OF_THE_PROGRAM else [_in_general(first_finding)]
     found = {plan.key: plan for plan in (*likely, *large)}
     for place in range(max(map(len, queues))):
         for queue in (*others, general, rest):

@@ -16,14 +16,17 @@ from diagnoser.features import feature_tables
 from diagnoser.monitor import Monitor
 from diagnoser.repair import Applied, Live, Snapshot, apply
 from diagnoser.repair_loop.forks import GUARANTEE, Forks, why_not
+from diagnoser.repair_loop.inplace import InPlace
 from diagnoser.repair_loop.loop import (
     DIAGNOSER,
+    LATENT,
     Decision,
     Strategy,
     kept_without_trial,
     round_of_trials,
 )
 from diagnoser.repair_loop.planning import Situation
+from diagnoser.report import wording
 from diagnoser.rules import Rule, precision_of
 from diagnoser.runlog import Recording, RunLogWriter
 from diagnoser.stepping import settle
@@ -31,6 +34,7 @@ from diagnoser.types import Attempt, Finding, Repair
 
 Mode = Literal["off", "suggest", "apply"]
 MOST_ROUNDS: Final = 4  # of trials, in a run
+MOST_IN_PLACE: Final = 8  # plans; each takes twice a trial's steps of the training
 SETTLING: Final = 20  # steps after a round before the next
 HEALTHY_KEPT: Final = 3  # last states from before any finding, beside the first of all
 RECENT: Final = 3  # measurements, in one of which what is acted on must have held
@@ -84,7 +88,13 @@ class ScriptRepairs:
         self._lowest, self._is_healthy = math.inf, False
         self._rounds = 0
         self._not_before = self._repaired = 0
-        self._refused = self._problem = ""
+        self._problem = ""
+        self._in_place: InPlace | None = None
+
+    @property
+    def left(self) -> tuple[Finding, ...]:
+        """What of severity medium or more held at the last measurement."""
+        return self._findings
 
     @property
     def is_child(self) -> bool:
@@ -125,13 +135,18 @@ class ScriptRepairs:
             self._forks.step_made()
             return
         step = self._monitor.step
+        if self._in_place is not None:
+            with self._monitor.aside("repair"):
+                settle(optimizer)
+                self._go_on_in_place(self._in_place)
+            return
         if self._is_healthy:  # it was measured in this step or the one before
             self._is_healthy = False
             if self._healthy and step - self._healthy[-1].step >= HEALTHY_APART:
                 self._keep(step)
         if not self._findings:
             return
-        if self._rounds >= MOST_ROUNDS or step < self._not_before or self._refused:
+        if self._rounds >= MOST_ROUNDS or step < self._not_before:
             return
         with self._monitor.aside("repair"):
             settle(optimizer)
@@ -160,9 +175,9 @@ class ScriptRepairs:
             self._without_trial(live, situation)
             self._rounds = MOST_ROUNDS
             return
-        refusal = why_not(live)
-        if refusal:
-            self._refuse(refusal)
+        no_fork = why_not(live)
+        if no_fork:
+            self._begin_in_place(live, situation, no_fork)
             return
         decision = self._decide(live, situation)
         if decision is None:
@@ -178,9 +193,7 @@ class ScriptRepairs:
             self._note(attempt)
         if decision.plan is not None:
             self._applied.append(apply(live, decision.plan.actions))
-            self._repaired = step + 1
-            self._at_repair = {(f.source, f.component): _observed(f) for f in situation.findings}
-            del self._healthy[1:]
+            self._settle(situation)
 
     def _suggest(self, situation: Situation) -> None:
         """Says, once for each finding, what would be tried first."""
@@ -224,10 +237,57 @@ class ScriptRepairs:
         came = "kept" if attempt.kept else "not kept"
         self._say(f"diagnoser: step {attempt.step}: {came}: {what}: {attempt.reason}")
 
-    def _refuse(self, why: str) -> None:
-        self._refused = why
-        self._log.event(self._monitor.step, "repairs", f"no repair is tried: {why}", {})
-        self._say(f"diagnoser: no repair is tried: {why}")
+    @staticmethod
+    def _suspicion(situation: Situation) -> str:
+        first = situation.findings[0]
+        where = wording.subject(first.component, first.other)
+        return f"diagnoser: step {situation.step}: {first.fault} in {where}"
+
+    def _begin_in_place(self, live: Live, situation: Situation, why: str) -> None:
+        """Begins a trial in the training itself, of the first plan that is left."""
+        left = [p for p in self._strategy.plans(situation) if p.key not in self._tried]
+        if not left or len(self._tried) >= MOST_IN_PLACE:
+            self._not_before = situation.step + SETTLING
+            return
+        plan = left[0]
+        self._tried.add(plan.key)
+        latent = any(f.fault in LATENT for f in situation.findings if f.source == plan.source)
+        self._in_place = InPlace(
+            self._monitor, self._log, self._rules, live, situation, plan, why,
+            self._directory / "snapshots", latent=latent,
+        )  # fmt: skip
+        what = " and ".join(map(_spelled, plan.actions))
+        self._say(
+            f"{self._suspicion(situation)}; trying {what} in the training itself, because {why}"
+        )
+
+    def _go_on_in_place(self, trial: InPlace, *, ended: bool = False) -> None:
+        try:
+            attempt = trial.stop() if ended else trial.step_made()
+        except DiagnoserError as error:
+            self._in_place, attempt = None, None
+            self._log.event(self._monitor.step, "repairs", str(error), {})
+            self._say(f"diagnoser: step {self._monitor.step}: not tried: {error}")
+        if attempt is None:
+            return
+        self._in_place = None
+        self._note(attempt)
+        if attempt.kept and trial.applied is not None:
+            self._applied.append(trial.applied)
+            self._settle(trial.situation)
+        self._not_before = self._monitor.step + SETTLING
+
+    def finish(self) -> None:
+        """Is called when the training has ended: a trial that still goes on is taken back."""
+        if self._in_place is not None:
+            self._go_on_in_place(self._in_place, ended=True)
+
+    def _settle(self, situation: Situation) -> None:
+        """Remembers what was there when a repair was kept."""
+        self._repaired = self._monitor.step + 1
+        self._at_repair = {(f.source, f.component): _observed(f) for f in situation.findings}
+        self._findings = ()
+        del self._healthy[1:]
 
     # -- states to go back to --------------------------------------------------------------------
 
@@ -238,6 +298,7 @@ class ScriptRepairs:
         return Live(
             subject.models,
             self._monitor.optimizers,
+            self._monitor.others,
             free={n: p for n, p in subject.parameters.items() if id(p) not in named},
             components=(*subject.components, *subject.layers),
         )
