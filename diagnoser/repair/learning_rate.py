@@ -38,6 +38,28 @@ def scale_learning_rate(live: Live, component: str, factor: float) -> Undo:
     return _adjust(live, component, optimizers, lambda which: Adjustment(which, options))
 
 
+def step_along(live: Live, tensors: Sequence[Tensor], factor: float) -> Undo:
+    """Has parameters that were multiplied by ``factor`` go on as what they were would have.
+
+    With W' = factor W and the same loss of both, a step of W by ``-rate g`` is one of W' by
+    ``-factor**2 rate g'``; an optimizer that divides gradients by their own size, as all with an
+    epsilon do, needs the factor once.
+    """
+    wanted = {id(tensor) for tensor in tensors}
+
+    def options(group: Options) -> Options:
+        power = 1 if "eps" in group else 2
+        return {"lr": group["lr"] * factor**power} if group.get("lr") is not None else {}
+
+    optimizers = {id(o): o for t in tensors if (o := live.optimizer_of(t)) is not None}
+    undo = [
+        adjust(optimizer, Adjustment(wanted, options))
+        for optimizer in optimizers.values()
+        if not isinstance(optimizer, torch.optim.LBFGS)  # its step has one rate for all
+    ]
+    return _all_of(undo)
+
+
 def add_warmup(live: Live, component: str, steps: float) -> Undo:
     """Lets the learning rate rise from near zero to what it is over the next ``steps`` steps.
 
@@ -165,8 +187,10 @@ def _adjust(
     make: Callable[[set[int] | None], Adjustment],
 ) -> Undo:
     which = None if component == MODEL else {id(tensor) for tensor in live.tensors(component)}
-    undo = [adjust(optimizer, make(which)) for optimizer in optimizers]
+    return _all_of([adjust(optimizer, make(which)) for optimizer in optimizers])
 
+
+def _all_of(undo: Sequence[Undo]) -> Undo:
     def take_back() -> None:
         for one in undo:
             one()

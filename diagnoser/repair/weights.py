@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from diagnoser.curvature import RandomStates
 from diagnoser.errors import RepairError
+from diagnoser.repair.learning_rate import Undo, step_along
 from diagnoser.repair.live import Live
 from diagnoser.types import Part
 from diagnoser.vocabulary import MODEL
@@ -57,11 +58,16 @@ def reinitialize(live: Live, component: str, seed: int = 0) -> None:
     _forget(live, parts)
 
 
-def temper_attention(live: Live, component: str, factor: float) -> None:
+def temper_attention(live: Live, component: str, factor: float) -> Undo:
     """Multiplies attention logits by ``factor``: weights of the query, or of the context vector.
 
     Where the component itself is a key, its own weights are multiplied: logits are the product of
-    both.
+    both. From then on these weights take steps that are shorter (or longer) in proportion, so that
+    the training goes on as if the scale in the program had been changed; a part of a fused
+    parameter cannot have steps of its own, and takes those of the whole.
+
+    Returns:
+        What gives the steps their length back; the weights come back with a snapshot.
 
     Raises:
         RepairError: It holds neither, or the factor is no positive number.
@@ -78,10 +84,11 @@ def temper_attention(live: Live, component: str, factor: float) -> None:
         ]
     if not own:
         raise RepairError(f"temper_attention: no query or context vector in {component}")
+    parts = [pair for one in own for pair in live.parts(one.name)]
     with torch.no_grad():
-        for one in own:
-            for tensor, part in live.parts(one.name):
-                part.view(tensor).mul_(factor)
+        for tensor, part in parts:
+            part.view(tensor).mul_(factor)
+    return step_along(live, [tensor for tensor, part in parts if part.dim is None], factor)
 
 
 def reset_optimizer_state(live: Live, component: str) -> None:

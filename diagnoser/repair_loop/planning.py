@@ -14,7 +14,6 @@ from typing import Final
 
 import numpy as np
 
-from diagnoser.diagnosis import is_grave
 from diagnoser.repair import ACTIONS
 from diagnoser.runlog import Recording
 from diagnoser.table import Scope, Table
@@ -27,6 +26,7 @@ LARGE: Final = 3.0  # times the median matrix: weights that were drawn too large
 # What goes before a learning rate is lowered: weights that it has carried away.
 _FIRST: Final = ("roll_back", "reinitialize", "temper_attention", "reset_optimizer_state")
 _UPDATE: Final = 0.003  # share of its weights that a healthy step changes, about (Karpathy, cs231n)
+_SCALE_HIGH: Final = 1.3  # times the usual scale of scores: what is worth undoing exactly
 _LOGIT: Final = 8.0  # largest attention logit that leaves a softmax something to learn
 _LEAST: Final = 1e-3  # factor of a learning rate
 _MOST: Final = 1000.0
@@ -73,7 +73,7 @@ class Situation:
     """What is known when plans are made.
 
     Attributes:
-        findings: All of severity medium or more that hold, the gravest and best explained first.
+        findings: All that are acted on, the gravest and best explained first.
         recording: The run so far.
         tables: Its feature tables.
         step: The step that was just made.
@@ -113,8 +113,7 @@ def plans(situation: Situation) -> tuple[Plan, ...]:
     """
     by_rule: dict[str, list[Finding]] = {}
     for finding in situation.findings:
-        if is_grave(finding.severity):
-            by_rule.setdefault(finding.source, []).append(finding)
+        by_rule.setdefault(finding.source, []).append(finding)
     queues = [list(_of_rule(findings, situation)) for findings in by_rule.values()]
     if not queues:
         return ()
@@ -259,6 +258,9 @@ def _rate(rate: Repair, component: str, times: float, situation: Situation) -> t
 
 def _derived(component: str, listed: float, situation: Situation) -> tuple[float, str]:
     observed = situation.observed
+    times = observed("times_optimized", component)
+    if times > 1.5:  # noqa: PLR2004 - once or more often
+        return 1.0 / times, f"its parameters are in {times:.0f} places of optimizers"
     if component != MODEL:
         rate = observed("learning_rate_to_quartile", component)
         if rate > _WIDER:
@@ -289,6 +291,10 @@ _Numbers = tuple[dict[str, float | str], str]
 
 
 def _temper(component: str, situation: Situation) -> _Numbers:
+    scale = situation.observed("attention_scale", component)
+    if scale > _SCALE_HIGH or scale < 1 / _SCALE_HIGH:
+        why = f"its scores are {scale:.3g} times as large as the width of its queries asks for"
+        return {"factor": _rounded(1.0 / scale)}, why
     logit = situation.observed("attention_logit", component)
     if logit > 1.2 * _LOGIT:
         factor = _rounded(max(_LOGIT / logit, _LEAST))

@@ -94,7 +94,7 @@ class ScriptRepairs:
     @property
     def left(self) -> tuple[Finding, ...]:
         """What of severity medium or more held at the last measurement."""
-        return self._findings
+        return tuple(f for f in self._findings if is_grave(f.severity))
 
     @property
     def is_child(self) -> bool:
@@ -109,18 +109,24 @@ class ScriptRepairs:
         """Is called after every measurement: looks for what can be acted on.
 
         A rule that wants to be true several times in a row is taken at its first word, because
-        trials are to confirm it. What no longer holds is left alone, and so is what was there when
-        a repair was kept and has not moved since: it is about the start of the run, say.
+        trials are to confirm it, and a check of low severity is acted on, because it saw a fact.
+        What no longer holds is left alone, and so is what was there when a repair was kept and has
+        not moved since: it is about the start of the run, say.
         """
         diagnosis = diagnose(recording, self._quick_rules, precision=self._precision)
         since = max(_recently(recording), self._repaired)
         self._findings = tuple(
             f
             for f in diagnosis.findings
-            if is_grave(f.severity)
+            if (is_grave(f.severity) or f.source.startswith("check:"))
             and self._at_repair.get((f.source, f.component)) != _observed(f)
+            and not (self._repaired and _is_of_the_start(f))
             and (not f.evidence or max(e.steps[1] for e in f.evidence) >= since)
         )
+        losses = recording.losses.value[-RECENT_LOSSES:]
+        level = float(losses.mean()) if len(losses) else math.nan
+        self._lowest = min(self._lowest, level) if math.isfinite(level) else self._lowest
+        self._is_healthy = not self._findings and level <= NEAR_LOWEST * self._lowest
 
     def begins(self) -> None:
         """Is called before the first step: the first state of all is kept."""
@@ -143,6 +149,7 @@ class ScriptRepairs:
         if self._is_healthy:  # it was measured in this step or the one before
             self._is_healthy = False
             if self._healthy and step - self._healthy[-1].step >= HEALTHY_APART:
+                settle(optimizer)
                 self._keep(step)
         if not self._findings:
             return
@@ -328,6 +335,12 @@ def _spelled(action: Repair) -> str:
 
 def _key(actions: Sequence[Repair]) -> object:
     return tuple((a.name, a.component, tuple(sorted(a.parameters.items()))) for a in actions)
+
+
+def _is_of_the_start(finding: Finding) -> bool:
+    """Whether all that speaks for a finding was measured at the start of the run."""
+    names = [evidence.feature for evidence in finding.evidence]
+    return bool(names) and all(name.startswith("initial_") for name in names)
 
 
 def _observed(finding: Finding) -> tuple[float, ...]:
