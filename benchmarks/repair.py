@@ -1,9 +1,11 @@
 """What repairs come to: faulty runs, each repaired in several ways, beside their healthy twins.
 
 A run of a subject with a mistake, and its twin without, start from the same weights and see the
-same batches. Arms that act do so when the rules first find something grave; what differs is what
-they do then. ``python -m benchmarks.repair run`` makes what is missing of
-``benchmarks/results/repair.jsonl`` (4 CPU-hours), ``report`` prints what it comes to.
+same batches. Arms that act do so when the rules first find something; what differs is what they do
+then. Runs that nobody acts on are those of the fault benchmark (``results/bench/truth.parquet``):
+the healthy twin, the faulty run, and for a restart the faulty run of another seed.
+``python -m benchmarks.repair run`` makes what is missing of ``results/repair.jsonl`` (4 CPU-hours),
+``show`` prints it; `repair_document` makes tables of it.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import pyarrow.parquet as pq
 import torch
 
-from diagnoser.benchmark.configuration import Configuration, catalogue
+from diagnoser.benchmark.configuration import Configuration, catalogue, content_hash
 from diagnoser.injection import Training, assemble, train
 from diagnoser.repair import ACTIONS
 from diagnoser.repair_loop import AUTOTRAINER, DIAGNOSER, Plan, Situation, Strategy
@@ -36,19 +39,32 @@ from diagnoser.vocabulary import MODEL
 RESULTS: Final = Path(__file__).parent / "results" / "repair.jsonl"
 SEEDS: Final = tuple(range(10))
 HEALTHY_SEEDS: Final = tuple(range(5))
-RESTART: Final = 1000  # added to a seed: other weights, other batches
-OTHERS_S: Final = 900.0  # the longest a run may take
+RESTART: Final = 1  # added to a seed: other weights, other batches
+TRUTH: Final = RESULTS.parent / "bench" / "truth.parquet"
+HARM: Final = RESULTS.parent / "bench" / "harm.parquet"
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A mistake on a subject; ``outside``: a training that runs can be repaired of it."""
+    """A mistake on a subject; without an operator, none."""
 
     subject: str
     recipe: str
     operator: str
     severity: str
     place: str
+
+    @property
+    def name(self) -> str:
+        """The mistake and the subject."""
+        return (
+            f"{self.operator} {self.subject}" if self.operator else f"{self.subject} {self.recipe}"
+        )
+
+    @property
+    def healthy(self) -> Configuration:
+        """The same without the mistake."""
+        return Configuration(subject=self.subject, recipe=self.recipe)
 
     @property
     def faulty(self) -> Configuration:
@@ -60,7 +76,7 @@ class Case:
 # One subject and place for each mistake whose harm is proven there (docs/benchmark.md), and which
 # an action can undo in a training that runs.
 CASES: Final = (
-    Case("vit", "a", "O1", "high", "model"),
+    Case("vit", "b", "O1", "high", "model"),
     Case("gpt", "b", "O2", "high", "model"),
     Case("llama", "a", "O3", "high", "first"),
     Case("seq2seq", "a", "O5b", "high", "model"),
@@ -128,7 +144,34 @@ ARMS: Final[Mapping[str, Strategy]] = {
     "autotrainer": AUTOTRAINER,
     "diagnoser": DIAGNOSER,
 }
-UNWATCHED: Final = ("healthy", "nothing", "restart")
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """Scores without anybody acting, by seed, and how much of a loss of score is harm."""
+
+    healthy: Mapping[int, float]
+    nothing: Mapping[int, float]
+    margin: float
+
+
+def truths(cases: Sequence[Case]) -> dict[Case, Truth]:
+    """Reads what the fault benchmark knows of some cases."""
+    known = catalogue()
+    scores: dict[str, dict[int, float]] = {}
+    for row in pq.read_table(TRUTH).to_pylist():
+        value = math.nan if row["score"] is None else row["score"]
+        scores.setdefault(row["hash"], {})[row["seed"]] = value
+    margins = {row["hash"]: row["margin"] for row in pq.read_table(HARM).to_pylist()}
+    found = {}
+    for case in cases:
+        digest = content_hash(case.faulty, known)
+        clean = scores.get(content_hash(case.healthy, known), {})
+        found[case] = Truth(clean, scores.get(digest, {}), margins.get(digest, math.nan))
+    return found
+
+
+UNWATCHED: Final = ("healthy", "nothing")  # only to try something out: the truth is there
 
 
 def assembled(case: Case, seed: int, *, healthy: bool) -> Training:
@@ -142,9 +185,7 @@ def assembled(case: Case, seed: int, *, healthy: bool) -> Training:
 
 def run(case: Case, arm: str, seed: int) -> dict[str, Any]:
     """Makes one run and returns what it came to."""
-    training = assembled(
-        case, seed + (RESTART if arm == "restart" else 0), healthy=arm == "healthy"
-    )
+    training = assembled(case, seed, healthy=arm == "healthy")
     begun = time.process_time()
     row: dict[str, Any] = {}
     if arm in UNWATCHED:
@@ -263,14 +304,12 @@ def wanted(
     """Yields all runs, whole seeds first: what is there after half of the time can be read."""
     for seed in seeds:
         for case in cases:
-            for arm in (*UNWATCHED, *ARMS):
-                if arm in arms:
-                    yield case, arm, seed
+            for arm in arms:
+                yield case, arm, seed
         if seed - seeds[0] < len(HEALTHY_SEEDS):
             for case in healthy:
-                for arm in ("healthy", "diagnoser"):
-                    if arm in arms:
-                        yield case, arm, seed
+                if "diagnoser" in arms:
+                    yield case, "diagnoser", seed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -293,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for task in wanted(
                 cases,
                 () if given.without_healthy else HEALTHY,
-                given.arm or (*UNWATCHED, *ARMS),
+                given.arm or tuple(ARMS),
                 given.seed or SEEDS,
             )
             if key(head(*task)) not in done

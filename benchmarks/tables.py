@@ -16,6 +16,7 @@ from benchmarks import (
     ablation_document,
     benchmark_document,
     curvature_document,
+    repair_document,
     reproductions_document,
     rules_document,
     scores_document,
@@ -108,6 +109,7 @@ DOCUMENTS: dict[Path, Mapping[str, Callable[[], str]]] = {
     ROOT / "docs" / "ablation.md": ablation_document.BLOCKS,
     ROOT / "docs" / "benchmark.md": benchmark_document.BLOCKS,
     reproductions_document.DOCUMENT: reproductions_document.BLOCKS,
+    repair_document.DOCUMENT: repair_document.BLOCKS,
     rules_document.DOCUMENT: rules_document.BLOCKS,
     ROOT / "docs" / "scores.md": {
         **scores_document.BLOCKS,
