@@ -187,6 +187,10 @@ def _of_rule(findings: Sequence[Finding], situation: Situation) -> Iterator[Plan
             else:
                 yield plan(scaled(rate, times))
     for repair in listed:
+        if repair.name == "temper_attention":
+            # Averages of the old gradients would hold back for long what got smaller ones.
+            forgotten = _made(Repair("reset_optimizer_state", MODEL), situation)
+            yield plan(everywhere(repair), [forgotten])
         if repair.name != "scale_learning_rate":
             yield plan(everywhere(repair))
     if "temper_attention" in names:
@@ -345,7 +349,7 @@ _NUMBERS: Final[Mapping[str, Callable[[str, Situation], _Numbers]]] = {
 _PLAIN: Final[Mapping[str, str]] = {
     "roll_back": "the last state from before the finding is that of step {step}",
     "reinitialize": "its weights may be beyond what a lower rate brings back",
-    "reset_optimizer_state": "its averages are those of the faulty steps",
+    "reset_optimizer_state": "averages are those of the faulty steps",
     "register_parameters": "it has a gradient and no optimizer",
     "unfreeze": "others of its kind are trained",
 }
