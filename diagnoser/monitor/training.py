@@ -8,6 +8,7 @@ recorded event, and training goes on (law 4).
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -83,7 +84,7 @@ class Monitor:
         self.step = 0
         self.measurements = 0
         self.subject: Subject | None = None
-        self._books = interception.books
+        self._interception, self._books = interception, interception.books
         self._checking = Checking(log, interception, record_all=record_all)
         self._models = models
         self._optimizer = optimizer
@@ -634,6 +635,49 @@ class Monitor:
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
         """All that step what is watched."""
         return tuple(self._optimizers())
+
+    @property
+    def steps_made(self) -> int:
+        """How many steps an optimizer has made, the running one included."""
+        return self.step + bool(self._stepped)
+
+    @property
+    def scalers(self) -> tuple[Any, ...]:
+        """Gradient scalers that have scaled a loss."""
+        return tuple(self._books.scalers)
+
+    @contextmanager
+    def branch(self, log: RunLogWriter, schedule: Schedule) -> Iterator[Monitor]:
+        """Watches a continuation that is taken back afterwards; this monitor hears nothing of it.
+
+        Args:
+            log: Of the continuation.
+            schedule: What it measures when.
+
+        Returns:
+            Its monitor, of which the next step is the first.
+        """
+        other = Monitor(
+            log,
+            self._interception,
+            schedule,
+            models=self._models,
+            optimizer=self._optimizer,
+            probe=self._probe,
+        )
+        other.step = self.step + 1
+        other.subject, other._live = self.subject, self._live
+        other._failures = dict(self._failures)
+        other._checking.memory = copy.deepcopy(self._checking.memory)
+        other._spent, other._aside = self._spent, self._aside
+        other._started = time.perf_counter() - schedule.training_s - self._spent - self._aside
+        try:
+            with self._interception.telling(other):
+                yield other
+        finally:
+            if self.subject is not None:
+                self._live.follow(self.subject.modules)
+                self._live.forget()
 
     @property
     def is_complete(self) -> bool:

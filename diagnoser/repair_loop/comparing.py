@@ -33,6 +33,8 @@ SHARE_COMPARED: Final = 0.5  # of a trial's steps, the last ones
 TOLD: Final = 0.1  # of the loss, the change that a trial's length is chosen to tell
 PAIRED: Final = 0.5  # what pairing leaves of the noise of a difference, about
 
+# Shares of a trial at which it is measured, the last one early enough for its second step.
+MEASURED_AT: Final = (0.1, 0.5, 0.8)
 # What a finding came to: gone; there, but less; there as it was; or not measured anew, because it
 # is about the start of the run, say.
 State = Literal["cured", "eased", "stands", "unknown"]

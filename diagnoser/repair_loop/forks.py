@@ -30,6 +30,7 @@ from diagnoser.errors import DiagnoserError, RunLogError
 from diagnoser.monitor import Monitor
 from diagnoser.repair import Live, apply
 from diagnoser.repair.snapshot import size_of, spelled
+from diagnoser.repair_loop.comparing import MEASURED_AT
 from diagnoser.repair_loop.loop import Ran, Trial
 from diagnoser.runlog import RunLogWriter, read_run
 
@@ -41,7 +42,6 @@ POLL_S: Final = 0.005
 SLOWER: Final = 12.0  # times the usual time of a step that a trial may take, and
 AT_LEAST_S: Final = 60.0
 ROOM: Final = 3.0  # times weights and optimizer state that a child may write to
-MEASURED_AT: Final = (0.1, 0.5, 0.8)  # shares of a trial; the last one early enough for its second
 WRITES: Final = frozenset("wax+")
 ACTS: Final = frozenset(
     {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink",
@@ -83,6 +83,9 @@ class Forks:
         step_s: Gives the usual seconds of a step.
     """
 
+    guarantee = GUARANTEE
+    how = "in copies of this process"
+
     def __init__(
         self, monitor: Monitor, log: RunLogWriter, directory: Path, step_s: Callable[[], float]
     ) -> None:
@@ -96,6 +99,10 @@ class Forks:
     def is_child(self) -> bool:
         """Whether this process is a trial."""
         return self._left is not None
+
+    def why_not(self, live: Live) -> str:
+        """See `why_not`."""
+        return why_not(live)
 
     def run(self, live: Live, trial: Trial) -> Ran | None:
         """Makes a trial and returns what it came to; None in the child, which goes on training."""
