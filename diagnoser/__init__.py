@@ -7,7 +7,9 @@ module; importing this package alone brings no torch.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib
+import random
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from diagnoser.session import Watch, watch
@@ -16,15 +18,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Watch", "__version__", "train_with_repairs", "watch"]
 
+_ROOMS: Final = {
+    "Watch": "diagnoser.session",
+    "watch": "diagnoser.session",
+    "train_with_repairs": "diagnoser.training",
+}
+
 
 def __getattr__(name: str) -> Any:
     """Imports what is asked for, and with it torch, when that is done first (PEP 562)."""
-    if name in ("Watch", "watch"):
-        from diagnoser import session
-
-        return getattr(session, name)
-    if name == "train_with_repairs":
-        from diagnoser import training
-
-        return training.train_with_repairs
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    room = _ROOMS.get(name)
+    if room is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    stood = random.getstate()  # rich draws from it where it is imported
+    try:
+        return getattr(importlib.import_module(room), name)
+    finally:
+        random.setstate(stood)

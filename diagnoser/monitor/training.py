@@ -668,6 +668,10 @@ class Monitor:
         other.step = self.step + 1
         other.subject, other._live = self.subject, self._live
         other._failures = dict(self._failures)
+        other._waiting = list(self._waiting)
+        if self._backwards:  # the step that was just made is not written yet
+            accuracy = self._right / self._counted if self._counted else math.nan
+            other._waiting.append((self.step, self._loss, accuracy))
         other._checking.memory = copy.deepcopy(self._checking.memory)
         other._spent, other._aside = self._spent, self._aside
         other._started = time.perf_counter() - schedule.training_s - self._spent - self._aside

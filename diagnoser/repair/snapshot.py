@@ -160,6 +160,7 @@ class Snapshot:
             def put_back() -> None:
                 stages.clear()
                 stages.update({key: dict(stage) for key, stage in held.items()})
+                other._per_optimizer_states = stages
 
             self._structure.append(put_back)
 
