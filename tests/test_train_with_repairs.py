@@ -566,7 +566,6 @@ class Digits:
             {
                 "learning_rate_factors": (("layers.0.attention", 100.0),),
                 "accumulation": 2,
-                "batch_size": 16,
             },
             {"scale_learning_rate"},
         ),
@@ -574,8 +573,8 @@ class Digits:
 )
 def test_what_helps_is_kept_and_all_else_stays_in_force(fault, actions, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "MOST_ROUNDS", 1)
-    monkeypatch.setattr(loop, "MOST_PLANS", 2)
-    steps = 90
+    monkeypatch.setattr(loop, "MOST_PLANS", 3)
+    steps = 110
     theirs = Digits(steps, **fault).plain()
     digits = Digits(steps, **fault)
     diagnosis, losses = digits.repaired(tmp_path / "run")
