@@ -30,6 +30,7 @@ from diagnoser.repair_loop import (
     DIAGNOSER,
     STRATEGIES,
     Mode,
+    Runner,
     ScriptRepairs,
     Strategy,
 )
@@ -87,6 +88,7 @@ class Watch:
         limit: Limit | None = None,
         repair: Mode = "off",
         strategy: Strategy = DIAGNOSER,
+        runner: Callable[[Monitor, RunLogWriter, Path], Runner] | None = None,
     ) -> None:
         if not 0.0 <= overhead <= 100.0:
             raise UsageError(f"overhead={overhead}: a share of training time, 0.10 for 10 %")
@@ -96,6 +98,8 @@ class Watch:
             raise UsageError(f"repair={repair!r}: give off, suggest or apply")
         _check_at(at, every)
         self.directory: Path | None = None
+        self._between = runner is not None  # repairs wait for `between_steps`
+        self._stepped: torch.optim.Optimizer | None = None
         self._off = switched_off()
         self._finished = False
         self._announce = announce
@@ -127,6 +131,7 @@ class Watch:
             self._repairs = ScriptRepairs(
                 self._monitor, self._log, self._rules, self.directory, self._say, strategy,
                 tries=repair == "apply",
+                runner=runner and runner(self._monitor, self._log, self.directory),
             )  # fmt: skip
 
     # The interception talks to the watch, which passes on only what its own process does.
@@ -160,10 +165,17 @@ class Watch:
         """See `interception.Listener`."""
         if os.getpid() == self._process:
             self._monitor.after_step(optimizer)
-            if self._repairs is not None:
+            self._stepped = optimizer
+            if self._repairs is not None and not self._between:
                 self._repairs.step_made(optimizer)
                 if self._repairs.is_child:  # a trial: this process goes on, and says nothing
                     self._process, self._announce = os.getpid(), None
+
+    def between_steps(self) -> None:
+        """Is called between two steps of a loop whose trials are made there."""
+        optimizer, self._stepped = self._stepped, None
+        if optimizer is not None and self._repairs is not None:
+            self._repairs.step_made(optimizer)
 
     def __enter__(self) -> Self:
         if not self._off:
@@ -413,25 +425,11 @@ def watch(
         RunLogError: The run directory cannot be written.
     """
     models = {"model": model} if isinstance(model, nn.Module) else model
-    if (loss_fn is None) != (probe is None):
-        raise UsageError("loss_fn= and probe= go together: loss_fn(model, batch) on a fixed batch")
-    if dtype is not None and probe is None:
-        raise UsageError("dtype= needs probe=: a live graph is in the type that it was computed in")
-    samples = None
-    if loss_fn is not None:
-        if models is None or len(models) != 1:
-            raise UsageError("probe= needs exactly one model: pass it as the first argument")
-        (only,) = models.values()
-        batches = probe if isinstance(probe, list) else [probe]
-        try:
-            samples = ProbeSet(loss_fn, only, batches, sites=True, dtype=dtype)
-        except MeasurementError as error:
-            raise UsageError(f"probe=: {error}") from error
     return Watch(
         out,
         models=models,
         optimizer=optimizer,
-        probe=samples,
+        probe=probe_set(models, loss_fn, probe, dtype),
         overhead=overhead,
         every=every,
         at=at,
@@ -441,6 +439,33 @@ def watch(
         repair=repair,
         strategy=strategy_named(strategy),
     )
+
+
+def probe_set(
+    models: Mapping[str, nn.Module] | None,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None,
+    probe: Any,
+    dtype: torch.dtype | None = None,
+) -> ProbeSet | None:
+    """Returns the fixed samples that curvature is measured on; None: none are given.
+
+    Raises:
+        UsageError: Arguments that do not fit together.
+    """
+    if (loss_fn is None) != (probe is None):
+        raise UsageError("loss_fn= and probe= go together: loss_fn(model, batch) on a fixed batch")
+    if dtype is not None and probe is None:
+        raise UsageError("dtype= needs probe=: a live graph is in the type that it was computed in")
+    if loss_fn is None:
+        return None
+    if models is None or len(models) != 1:
+        raise UsageError("probe= needs exactly one model: pass it as the first argument")
+    (only,) = models.values()
+    batches = probe if isinstance(probe, list) else [probe]
+    try:
+        return ProbeSet(loss_fn, only, batches, sites=True, dtype=dtype)
+    except MeasurementError as error:
+        raise UsageError(f"probe=: {error}") from error
 
 
 def strategy_named(name: str) -> Strategy:

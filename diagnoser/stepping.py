@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -45,12 +45,14 @@ class Adjustment:
         before: Called with the optimizer before each step, when gradients are complete: where the
             step is given a closure that makes them, behind each call of it.
         after: Called behind each step.
+        counts: What these functions count; it is put back with the training, see `hold`.
     """
 
     parameters: Collection[int] | None
     options: Callable[[Options], Options] = _no_options
     before: Callable[[torch.optim.Optimizer], None] = _nothing
     after: Callable[[], None] = _nothing
+    counts: list[int] = field(default_factory=list)
 
     def concerns(self, parameter: object) -> bool:
         """Whether it is about this parameter."""
@@ -128,6 +130,19 @@ def settle(optimizer: torch.optim.Optimizer) -> None:
     standing = _STANDING.get(optimizer)
     if standing is not None:
         _put_back(optimizer, standing)
+
+
+def hold(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Returns what puts the counts of an optimizer's adjustments back to what they are now."""
+    standing = _STANDING.get(optimizer)
+    adjustments = standing.adjustments if standing is not None else []
+    held = [(adjustment, list(adjustment.counts)) for adjustment in adjustments]
+
+    def put_back() -> None:
+        for adjustment, counts in held:
+            adjustment.counts[:] = counts
+
+    return put_back
 
 
 def _before(

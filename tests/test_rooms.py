@@ -22,7 +22,7 @@ ROWS = (
     {"diagnosis", "report", "monitor", "repair", "injection"},
     {"repair_loop"},
     {"session"},
-    {"launch", "integrations", "benchmark"},
+    {"launch", "integrations", "benchmark", "training"},
     {"cli"},
 )
 ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

@@ -17,7 +17,8 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -162,7 +163,7 @@ class Interception:
     def __enter__(self) -> Interception:
         if getattr(torch.autograd.backward, "_diagnoser", False):
             raise UsageError("training is watched already: leave the first watch before a second")
-        listener, books, notes, thread = self._listener, self.books, self.notes, self._thread
+        books, notes, thread = self.books, self.notes, self._thread
         original = torch.autograd.backward
 
         @functools.wraps(original)
@@ -171,21 +172,21 @@ class Interception:
             if nested or threading.get_ident() != thread:
                 original(tensors, *args, **kwargs)
                 return
-            listener.before_backward(tensors)
+            self._listener.before_backward(tensors)
             original(tensors, *args, **kwargs)
             notes.stepped = False
-            listener.after_backward()
+            self._listener.after_backward()
 
         backward._diagnoser = True  # type: ignore[attr-defined]
         self._replace(torch.autograd, "backward", backward)
 
         def stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
             notes.stepped = True
-            listener.after_step(optimizer)
+            self._listener.after_step(optimizer)
 
         handle = register_optimizer_step_post_hook(stepped)
         self._undo.append(handle.remove)
-        begin = register_optimizer_step_pre_hook(lambda *_: listener.before_step())
+        begin = register_optimizer_step_pre_hook(lambda *_: self._listener.before_step())
         self._undo.append(begin.remove)
 
         self._after(nn.Module, "__init__", lambda module, *_: books.modules.add(module))
@@ -206,6 +207,26 @@ class Interception:
         self.recorder.end("the watch is over")
         while self._undo:
             self._undo.pop()()
+
+    @contextmanager
+    def telling(self, listener: Listener) -> Iterator[None]:
+        """Tells somebody else meanwhile; what is noted then is forgotten afterwards."""
+        mine, notes, recorder = self._listener, self.notes, self.recorder
+        earlier = replace(notes, clip_ratios=list(notes.clip_ratios))
+        evaluations, step = list(recorder.evaluations), recorder.step
+        was_on = recorder.is_on
+        self._listener = listener
+        try:
+            yield
+        finally:
+            self._listener = mine
+            for one in fields(notes):
+                setattr(notes, one.name, getattr(earlier, one.name))
+            recorder.leave_no_grad()
+            recorder.take()
+            recorder.evaluations[:], recorder.step = evaluations, step
+            if was_on:
+                recorder.start()
 
     def _replace(self, owner: Any, name: str, new: Any) -> None:
         own = name in vars(owner)

@@ -146,6 +146,10 @@ class Schedule:
         self.every = None
         self.at = {**dict.fromkeys(earlier, (STATISTICS_ALONE,)), last: ()}
 
+    def continued(self) -> Schedule:
+        """Returns the schedule of a continuation, which knows costs and owes no measurement."""
+        return replace(self, _costs=dict(self._costs), _pending=None, _asked=False)
+
     def _forced_at(self, step: int) -> Collection[str] | None:
         if self.every is None:
             return self.at.get(step)

@@ -8,6 +8,7 @@ recorded event, and training goes on (law 4).
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -93,7 +94,7 @@ class Monitor:
         self.measurements = 0
         self.subject: Subject | None = None
         self.held: HeldBatch | None = None
-        self._books = interception.books
+        self._interception, self._books = interception, interception.books
         self._checking = Checking(log, interception, record_all=record_all)
         self._models = models
         self._optimizer = optimizer
@@ -681,6 +682,48 @@ class Monitor:
     def last_loss(self) -> float:
         """The loss of the running step; on a device it is waited for."""
         return float(self._loss)
+
+    @property
+    def steps_made(self) -> int:
+        """How many steps an optimizer has made, the running one included."""
+        return self.step + bool(self._stepped)
+
+    @contextmanager
+    def branch(self, log: RunLogWriter, schedule: Schedule) -> Iterator[Monitor]:
+        """Watches a continuation that is taken back afterwards; this monitor hears nothing of it.
+
+        Args:
+            log: Of the continuation.
+            schedule: What it measures when.
+
+        Returns:
+            Its monitor, of which the next step is the first.
+        """
+        other = Monitor(
+            log,
+            self._interception,
+            schedule,
+            models=self._models,
+            optimizer=self._optimizer,
+            probe=self._probe,
+        )
+        other.step = self.step + 1
+        other.subject, other._live = self.subject, self._live
+        other._failures = dict(self._failures)
+        other._waiting = list(self._waiting)
+        if self._backwards:  # the step that was just made is not written yet
+            accuracy = self._right / self._counted if self._counted else math.nan
+            other._waiting.append((self.step, self._loss, accuracy))
+        other._checking.memory = copy.deepcopy(self._checking.memory)
+        other._spent, other._aside = self._spent, self._aside
+        other._started = time.perf_counter() - schedule.training_s - self._spent - self._aside
+        try:
+            with self._interception.telling(other):
+                yield other
+        finally:
+            if self.subject is not None:
+                self._live.follow(self.subject.modules)
+                self._live.forget()
 
     @property
     def is_complete(self) -> bool:

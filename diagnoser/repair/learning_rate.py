@@ -81,7 +81,7 @@ def add_warmup(live: Live, component: str, steps: float) -> Undo:
         def after() -> None:
             made[0] += 1
 
-        return Adjustment(which, options, after=after)
+        return Adjustment(which, options, after=after, counts=made)
 
     return _adjust(live, component, optimizers, make)
 

@@ -22,6 +22,7 @@ from diagnoser.curvature import RandomStates
 from diagnoser.curvature.memory import free_memory
 from diagnoser.errors import RepairError
 from diagnoser.repair.live import Live
+from diagnoser.stepping import hold
 from diagnoser.types import Part
 
 SPARE = 2.0  # times its own size that must be free where a snapshot is put
@@ -44,11 +45,10 @@ class Snapshot:
         self._states: dict[tuple[int, int], dict[str, Any]] = {}  # of an optimizer and a parameter
         self._structure: list[Callable[[], None]] = []
         self._note_modules()
+        for other in live.others:
+            self._note_other(other)
         for optimizer in live.optimizers:
             self._note_optimizer(optimizer)
-        for other in live.others:
-            state = copy.deepcopy(other.state_dict())
-            self._structure.append(partial(_load, other, state))
         self._saved: list[Tensor] | None = None
         with torch.no_grad():
             if path is None:
@@ -71,8 +71,10 @@ class Snapshot:
             directory.mkdir(parents=True, exist_ok=True)
             room = shutil.disk_usage(directory).free
             if room > SPARE * size:
-                number = sum(1 for _ in directory.glob("snapshot-*.pt"))
-                return cls(live, directory / f"snapshot-{number}.pt")
+                number = 0
+                while (path := directory / f"snapshot-{number}.pt").exists():
+                    number += 1
+                return cls(live, path)
         except OSError as error:
             raise RepairError(
                 f"a snapshot takes {spelled(size)}; memory is short, and {directory} cannot be "
@@ -131,25 +133,47 @@ class Snapshot:
     def _note_modules(self) -> None:
         for module in self._live.modules:
             state = vars(module)
-            plain = {k: v for k, v in state.items() if isinstance(v, bool | int | float)}
+            plain = {k: v for k, v in state.items() if _is_plain(v)}
             self._structure.append(partial(state.update, plain))
             if isinstance(module._buffers, dict):
                 self._structure.append(partial(module._buffers.update, dict(module._buffers)))
             for buffer in module.buffers(recurse=False):
                 self._hold(buffer)
         for parameter in self._live.parameters.values():
-            self._hold(parameter)
-            gradient = parameter.grad
-            if gradient is not None:
-                self._hold(gradient)
-            trained = parameter.requires_grad
-            self._structure.append(partial(_put_back, parameter, gradient, trained))
+            self._note_parameter(parameter)
+
+    def _note_parameter(self, parameter: Tensor) -> None:
+        self._hold(parameter)
+        gradient = parameter.grad
+        if gradient is not None:
+            self._hold(gradient)
+        trained = parameter.requires_grad
+        self._structure.append(partial(_put_back, parameter, gradient, trained))
+
+    def _note_other(self, other: Any) -> None:
+        state = copy.deepcopy(other.state_dict())
+        self._structure.append(partial(_load, other, state))
+        stages = getattr(other, "_per_optimizer_states", None)  # of a gradient scaler
+        if stages is not None:
+            held = {key: dict(stage) for key, stage in stages.items()}
+
+            def put_back() -> None:
+                stages.clear()
+                stages.update({key: dict(stage) for key, stage in held.items()})
+                other._per_optimizer_states = stages
+
+            self._structure.append(put_back)
 
     def _note_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         groups = [(group, dict(group), list(group["params"])) for group in optimizer.param_groups]
         for group, _, _ in groups:
-            for parameter in group["params"]:  # also one that no model has
-                self._hold(parameter)
+            for parameter in group["params"]:
+                if id(parameter) not in self._place:  # one that no model has
+                    self._note_parameter(parameter)
+            for value in group.values():  # a learning rate on a device, say
+                if isinstance(value, Tensor):
+                    self._hold(value)
+        self._structure.append(hold(optimizer))
         states = {parameter: (state, dict(state)) for parameter, state in optimizer.state.items()}
         for parameter, (_, content) in states.items():
             for key, value in content.items():
@@ -248,6 +272,15 @@ def spelled(size: float) -> str:
     while size >= 1000 and unit < len(UNITS) - 1:
         size, unit = size / 1000, unit + 1
     return f"{size:.0f} {UNITS[unit]}" if unit == 0 or size >= 100 else f"{size:.1f} {UNITS[unit]}"
+
+
+def _is_plain(value: object) -> bool:
+    """Whether an attribute of a module is put back as it is: a hidden state carried along, say."""
+    if isinstance(value, Tensor):
+        return value.grad_fn is None  # others would keep the graph of a step alive
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _load(other: Any, state: Any) -> None:

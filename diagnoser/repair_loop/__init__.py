@@ -1,23 +1,29 @@
 """Repair that re-measures: finding, plans, trials beside the unrepaired training, keep or not.
 
 `loop` decides, `planning` says what is tried with which numbers, `comparing` what counts as better.
-`forks` makes the trials of a script in copies of its process; `script` puts it together for a
+`forks` makes the trials of a script in copies of its process, `replaying` those of a loop in code
+by putting it back and training on the same batches again; `script` puts it together for a
 training that is watched.
 """
 
-from diagnoser.repair_loop.loop import AUTOTRAINER, DIAGNOSER, STRATEGIES, Strategy
+from diagnoser.repair_loop.loop import AUTOTRAINER, DIAGNOSER, STRATEGIES, Runner, Strategy
 from diagnoser.repair_loop.planning import Plan, Situation, instructions, plans
+from diagnoser.repair_loop.replaying import Feed, Replays, Stream
 from diagnoser.repair_loop.script import Mode, ScriptRepairs
 
 __all__ = [
     "AUTOTRAINER",
     "DIAGNOSER",
     "STRATEGIES",
+    "Feed",
     "Mode",
     "Plan",
+    "Replays",
+    "Runner",
     "ScriptRepairs",
     "Situation",
     "Strategy",
+    "Stream",
     "instructions",
     "plans",
 ]

@@ -83,6 +83,9 @@ class Forks:
         step_s: Gives the usual seconds of a step.
     """
 
+    guarantee = GUARANTEE
+    how = "in copies of this process"
+
     def __init__(
         self, monitor: Monitor, log: RunLogWriter, directory: Path, step_s: Callable[[], float]
     ) -> None:
@@ -96,6 +99,10 @@ class Forks:
     def is_child(self) -> bool:
         """Whether this process is a trial."""
         return self._left is not None
+
+    def why_not(self, live: Live) -> str:
+        """See `why_not`."""
+        return why_not(live)
 
     def run(self, live: Live, trial: Trial) -> Ran | None:
         """Makes a trial and returns what it came to; None in the child, which goes on training."""

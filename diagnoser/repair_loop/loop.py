@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
+from diagnoser.repair import Live
 from diagnoser.repair_loop.comparing import (
     Continuation,
     Judged,
@@ -51,6 +52,24 @@ class Ran:
     recording: Recording | None
     problem: str = ""
     batches: int = 0
+
+
+class Runner(Protocol):
+    """Makes the trials of a training: in forks of its process, or by snapshot and replay.
+
+    Attributes:
+        guarantee: How continuations are compared, in one sentence.
+        how: Where they are made, in a few words.
+    """
+
+    guarantee: str
+    how: str
+
+    def why_not(self, live: Live) -> str:
+        """Prepares for a round; returns why there cannot be one, empty: there can."""
+
+    def run(self, live: Live, trial: Trial) -> Ran | None:
+        """Makes a trial and returns what it came to; None: this process has become the trial."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,6 +157,7 @@ def _of_rule(findings: Sequence[Finding], situation: Situation) -> Iterator[Plan
         return [
             _made(Repair(repair.name, place, repair.parameters), situation)
             for place in dict.fromkeys(places)
+            if not any(place != other and _is_in(place, other) for other in places)
         ]
 
     def scaled(rate: Repair, times: float = 1.0) -> list[tuple[Repair, str]]:

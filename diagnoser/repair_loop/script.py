@@ -15,12 +15,13 @@ from diagnoser.errors import DiagnoserError, RepairError
 from diagnoser.features import feature_tables
 from diagnoser.monitor import Monitor
 from diagnoser.repair import Applied, Live, Snapshot, apply
-from diagnoser.repair_loop.forks import GUARANTEE, Forks, why_not
+from diagnoser.repair_loop.forks import Forks
 from diagnoser.repair_loop.inplace import InPlace
 from diagnoser.repair_loop.loop import (
     DIAGNOSER,
     LATENT,
     Decision,
+    Runner,
     Strategy,
     kept_without_trial,
     round_of_trials,
@@ -60,6 +61,7 @@ class ScriptRepairs:
         say: Prints a line.
         strategy: How plans are found and judged.
         tries: Whether anything is tried; otherwise it is only said what would be.
+        runner: Makes the trials; forks if left out.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class ScriptRepairs:
         strategy: Strategy = DIAGNOSER,
         *,
         tries: bool = True,
+        runner: Runner | None = None,
     ) -> None:
         self._tries = tries
         self._quick_rules = [replace(r, hold=1) if tries else r for r in rules]
@@ -79,6 +82,7 @@ class ScriptRepairs:
         self._monitor, self._log, self._rules = monitor, log, rules
         self._directory, self._say, self._strategy = directory, say, strategy
         self._forks = Forks(monitor, log, directory / "trials", lambda: monitor.schedule.step_s)
+        self._runner: Runner = runner or self._forks
         self._healthy: list[_Kept] = []
         self._no_snapshots = ""
         self._tried: set[object] = set()
@@ -182,9 +186,12 @@ class ScriptRepairs:
             self._without_trial(live, situation)
             self._rounds = MOST_ROUNDS
             return
-        no_fork = why_not(live)
-        if no_fork:
-            self._begin_in_place(live, situation, no_fork)
+        refusal = self._runner.why_not(live)
+        if refusal:
+            if self._runner is self._forks:
+                self._begin_in_place(live, situation, refusal)
+            else:
+                self._refuse(refusal)
             return
         decision = self._decide(live, situation)
         if decision is None:
@@ -214,12 +221,14 @@ class ScriptRepairs:
                 )
 
     def _decide(self, live: Live, situation: Situation) -> Decision | None:
-        trials = round_of_trials(situation, self._rules, self._tried, GUARANTEE, self._strategy)
+        trials = round_of_trials(
+            situation, self._rules, self._tried, self._runner.guarantee, self._strategy
+        )
         try:
             trial = next(trials)
-            self._say(f"diagnoser: step {situation.step}: trying repairs in copies of this process")
+            self._say(f"{self._suspicion(situation)}; trying repairs {self._runner.how}")
             while True:
-                ran = self._forks.run(live, trial)
+                ran = self._runner.run(live, trial)
                 if ran is None:
                     return None
                 trial = trials.send(ran)
@@ -249,6 +258,13 @@ class ScriptRepairs:
         first = situation.findings[0]
         where = wording.subject(first.component, first.other)
         return f"diagnoser: step {situation.step}: {first.fault} in {where}"
+
+    def _refuse(self, why: str) -> None:
+        if why != self._problem:
+            self._problem = why
+            self._log.event(self._monitor.step, "repairs", f"no repair is tried: {why}", {})
+            self._say(f"diagnoser: no repair is tried: {why}")
+        self._rounds = MOST_ROUNDS
 
     def _begin_in_place(self, live: Live, situation: Situation, why: str) -> None:
         """Begins a trial in the training itself, of the first plan that is left."""

@@ -9,6 +9,7 @@ damaged line costs itself and nothing else.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -163,6 +164,24 @@ class RunLogWriter:
             shutil.copyfile(earlier, self.path)
         except OSError as error:
             raise RunLogError(self._trouble(error)) from error
+
+    def branch(self, directory: Path) -> RunLogWriter:
+        """Returns the writer of another log, which begins with all that was recorded so far.
+
+        Raises:
+            RunLogError: It cannot be written.
+        """
+        self._write()
+        other = copy.copy(self)
+        other.path = directory.absolute() / LOG_FILE
+        other._losses, other._unwritten = [], bytearray(self._unwritten)
+        other._builder = copy.deepcopy(self._builder)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.path, other.path)
+        except OSError as error:
+            raise RunLogError(other._trouble(error)) from error
+        return other
 
     def close(self) -> None:
         """Writes what waits; later calls do nothing."""
