@@ -73,6 +73,7 @@ class Results:
     losses: dict[str, Losses] = field(default_factory=dict)
     cures: Collection[str] = ()
     problems: dict[str, str] = field(default_factory=dict)
+    stopped: dict[str, str] = field(default_factory=dict)
     asked: list[tuple[str, int]] = field(default_factory=list)
 
     def name(self, trial: Trial) -> str:
@@ -87,7 +88,8 @@ class Results:
         if name in self.problems and not len(losses):
             return Ran(None, self.problems[name])
         carried = 0.0 if name in self.cures else 1.0
-        return Ran(recording_of(losses, carried), self.problems.get(name, ""), batches=3)
+        recording, problem = recording_of(losses, carried), self.problems.get(name, "")
+        return Ran(recording, problem, batches=3, stopped=self.stopped.get(name, ""))
 
     def drive(
         self,
@@ -220,23 +222,49 @@ def test_they_do_not_where_something_is_kept_already():
     assert len(results.asked) == 3
 
 
+SAVED = "it would have saved a checkpoint"
+
+
 @pytest.mark.parametrize("made", [0, 3, SHORT // 2 - 1])
-def test_where_the_training_cannot_be_continued_nothing_is_compared_and_it_is_said(made):
-    problems = {"twin": "it would have written a file"}
-    results = Results([A, B], {"twin": lambda _: [2.0] * made}, ALL_CURE, problems)
+@pytest.mark.parametrize("because", ["stopped", "problems"])
+def test_where_the_training_cannot_be_continued_nothing_is_compared_and_it_is_said(made, because):
+    results = Results([A, B], {"twin": lambda _: [2.0] * made}, ALL_CURE)
+    setattr(results, because, {"twin": SAVED})
     decision = results.drive()
     assert [name for name, _ in results.asked] == ["twin"]
     assert decision.plan is None and decision.attempts == ()
-    assert decision.problem == (
-        "the training cannot be continued for a trial: it would have written a file"
-    )
+    assert decision.problem == f"the training cannot be continued for a trial: {SAVED}"
 
 
-def test_a_twin_that_gets_far_enough_is_compared_with():
-    problems = {"twin": "it would have written a file", "for a": ""}
-    losses = {"twin": lambda n: flat(2.0, 0.01)(n // 2 + 1), "for a": flat(1.0, 0.01)}
-    decision = Results([A], losses, ALL_CURE, problems).drive()
-    assert len(decision.attempts) == 1
+@pytest.mark.parametrize(("loss", "kept"), [(1.0, True), (2.0, False)])
+def test_what_was_stopped_behind_half_of_the_steps_is_compared_on_those(loss, kept):
+    half = {"twin": lambda n: flat(2.0, 0.01)(n // 2), "for a": lambda n: flat(loss, 0.01)(n // 2)}
+    results = Results([A], half, ALL_CURE, stopped={"twin": SAVED, "for a": SAVED})
+    decision = results.drive()
+    assert (decision.plan is A) is kept
+    (attempt,) = decision.attempts
+    assert attempt.difference is not None and attempt.difference.samples == SHORT // 4
+    assert attempt.reason.startswith("the finding is gone; the loss is ")
+
+
+def test_a_repair_that_was_stopped_early_is_not_kept():
+    losses = {"for a": lambda n: flat(0.5, 0.01)(n // 2 - 1)}
+    decision = Results([A], losses, ALL_CURE, stopped={"for a": SAVED}).drive()
+    assert [(a.kept, a.reason) for a in decision.attempts] == [(False, SAVED)]
+
+
+def test_a_repair_with_which_the_script_fails_is_not_kept_however_late():
+    losses = {"for a": lambda n: flat(0.5, 0.01)(n - 1)}
+    failed = "the script ended with exit code 1"
+    decision = Results([A], losses, ALL_CURE, {"for a": failed}).drive()
+    assert [(a.kept, a.reason) for a in decision.attempts] == [(False, failed)]
+
+
+def test_a_repair_without_which_the_script_fails_is_kept():
+    failed = "the script ended with exit code 1"
+    losses = {"twin": lambda n: [2.0] * (n - 1), "for a": flat(2.0, 0.01)}
+    decision = Results([A], losses, ALL_CURE, {"twin": failed}).drive()
+    assert [(a.kept, a.reason) for a in decision.attempts] == [(True, f"without it, {failed}")]
 
 
 def test_a_twin_that_ends_without_a_number_is_a_reason_to_repair():
