@@ -4,8 +4,8 @@ A fork has everything: weights, optimizer, random streams, the place in the data
 variables. So the child goes on with the script as if nothing had happened, with a repair or
 without, for some steps, and ends; the parent waits and was never touched. A child must leave no
 trace outside of itself: what it prints is dropped, files that were open for writing are cut off,
-and the first time that it would write to a new one, start a process or save a checkpoint its trial
-is over.
+those that are read are opened once more, and the first time that it would write to a new one, start
+a process or save a checkpoint its trial is over.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -45,9 +45,17 @@ ROOM: Final = 3.0  # times weights and optimizer state that a child may write to
 WRITES: Final = frozenset("wax+")
 ACTS: Final = frozenset(
     {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink",
-     "subprocess.Popen", "os.system", "os.posix_spawn", "socket.connect", "socket.sendto",
+     "os.chmod", "os.chown", "os.utime", "os.setxattr", "os.removexattr", "sqlite3.connect",
+     "subprocess.Popen", "os.system", "os.posix_spawn", "os.spawn", "os.exec", "os.fork",
+     "os.forkpty", "os.kill", "os.killpg", "socket.connect", "socket.sendto", "socket.sendmsg",
      "shutil.rmtree", "shutil.move", "shutil.copyfile"}
 )  # fmt: skip
+# What writes files without Python knowing; the first argument is where to.
+WRITERS: Final = (
+    ("torch.serialization", "_open_zipfile_writer"),
+    ("safetensors.torch", "serialize_file"),
+    ("safetensors.numpy", "serialize_file"),
+)
 
 
 def why_not(live: Live) -> str:
@@ -67,6 +75,8 @@ def why_not(live: Live) -> str:
         return f"it has other threads ({busy[0]}), which a fork would lose"
     if multiprocessing.active_children():
         return "it has worker processes, which a fork would share"
+    if mapped := _mapped():
+        return f"it has a file mapped into memory ({mapped}), which a fork would write to"
     free, needed = free_memory(torch.device("cpu")), ROOM * size_of(live)
     if free is not None and free < needed:
         return f"a fork may take {spelled(needed)}, and {spelled(free)} of memory are free"
@@ -185,10 +195,14 @@ class Forks:
                     return
                 over(f"called {event}")
 
-        def save(*_: Any, **__: Any) -> None:
+        def saves(*_: Any, **__: Any) -> None:
             over("saved a checkpoint")
 
-        torch.save = save
+        for module, name in WRITERS:
+            write = getattr(sys.modules.get(module), name, None)
+            if write is not None:
+                setattr(sys.modules[module], name, _only_into_memory(write, saves))
+        torch.jit.RecursiveScriptModule.save = saves  # type: ignore[attr-defined, method-assign]
         sys.addaudithook(audit)
 
     # -- in the parent ---------------------------------------------------------------------------
@@ -217,6 +231,15 @@ class Forks:
         return "" if os.waitstatus_to_exitcode(status) == 0 else "the repair cannot be applied"
 
 
+def _only_into_memory(write: Callable[..., Any], saves: Callable[..., None]) -> Callable[..., Any]:
+    def written(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, str | os.PathLike) for value in (*args, *kwargs.values())):
+            saves()
+        return write(*args, **kwargs)
+
+    return written
+
+
 def _read(directory: Path, problem: str) -> Ran:
     try:
         recording = read_run(directory)
@@ -225,29 +248,62 @@ def _read(directory: Path, problem: str) -> Ran:
     said = [event.message for event in recording.events if event.kind == "trial"]
     if recording.ending is None:
         return Ran(None, said[-1] if said else problem or "the trial died")
-    if said:
-        problem = problem or said[-1]
-    return Ran(recording, problem)
+    if recording.ending.exit_code:
+        problem = problem or f"the script ended with exit code {recording.ending.exit_code}"
+    return Ran(recording, problem, stopped=said[-1] if said else "")
+
+
+def _mapped() -> str:
+    """Returns a file that is mapped into memory so that writing there writes to it, or nothing."""
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+            _, access, *_, name = line.split(maxsplit=5) if line.count("/") else ("", "", "")
+            system = name.startswith("/dev/") and not name.startswith("/dev/shm/")
+            if access == "rw-s" and not system and not name.startswith("/dev/shm/sem."):
+                return Path(name).name
+    return ""
 
 
 def _mute() -> None:
-    """Cuts off all that could be written to: the terminal, files, pipes, sockets."""
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2, *_written(range(3, 1024))):
-        with suppress(OSError):
-            os.dup2(nowhere, descriptor)
+    """Cuts off all that could be written to or used up: the terminal, files, pipes, sockets.
 
-
-def _written(descriptors: Iterable[int]) -> Sequence[int]:
+    A file that is only read has its place in common with the parent's: it is opened once more.
+    """
     import fcntl  # noqa: PLC0415 - where there is fork, there is this
 
-    found = []
-    for descriptor in descriptors:
-        try:
-            writable = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-            mode = os.fstat(descriptor).st_mode
-        except OSError:
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        with suppress(OSError):
+            os.dup2(nowhere, descriptor)
+    for descriptor in _descriptors():
+        if descriptor == nowhere:
             continue
-        if writable and (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
-            found.append(descriptor)
-    return found
+        with suppress(OSError):  # it was closed meanwhile
+            mode = os.fstat(descriptor).st_mode
+            access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+            if stat.S_ISREG(mode) and access == os.O_RDONLY and _opened_again(descriptor):
+                continue
+            if stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
+                os.dup2(nowhere, descriptor, os.get_inheritable(descriptor))
+
+
+def _opened_again(descriptor: int) -> bool:
+    """Opens a file that is read once more, at the same place; returns whether that was possible."""
+    try:
+        place = os.lseek(descriptor, 0, os.SEEK_CUR)
+        other = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
+    except OSError:
+        return False
+    os.lseek(other, place, os.SEEK_SET)
+    os.dup2(other, descriptor, os.get_inheritable(descriptor))
+    os.close(other)
+    return True
+
+
+def _descriptors() -> Sequence[int]:
+    """Returns what is open beside the standard streams."""
+    try:
+        found = [int(name) for name in os.listdir("/proc/self/fd")]  # noqa: PTH208 - names alone
+    except OSError:
+        found = list(range(1024))
+    return [descriptor for descriptor in found if descriptor > 2]

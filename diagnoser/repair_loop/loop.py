@@ -45,13 +45,14 @@ class Trial:
 class Ran:
     """What a trial came to: the run so far with its steps behind it.
 
-    ``problem`` says why it did not get to its end, ``batches`` how many of the training's batches
-    it used up.
+    ``problem`` says why it did not get to its end, ``stopped`` why it was ended before although
+    nothing went wrong in it, ``batches`` how many of the training's batches it used up.
     """
 
     recording: Recording | None
     problem: str = ""
     batches: int = 0
+    stopped: str = ""
 
 
 class Runner(Protocol):
@@ -202,13 +203,13 @@ class _Arms:
         twins: dict[str, Continuation] = {}  # by the finding that is looked at
         for plan in left or self._left:
             if plan.source not in twins:
-                twins[plan.source] = self._read(unrepaired, plan)
+                twins[plan.source] = self._read(unrepaired, plan, steps)
             twin = twins[plan.source]
             if twin.problem and len(twin.losses) < steps // 2 and not twin.diverged:
                 self.problem = f"the training cannot be continued for a trial: {twin.problem}"
                 return
             ran = yield Trial(plan.actions, steps)
-            came_to = self._read(ran, plan)
+            came_to = self._read(ran, plan, steps)
             assert self._strategy.judge is not None
             judged = self._strategy.judge(
                 came_to, twin, plan.source, latent=self._is_latent(plan), local=plan.is_local
@@ -218,13 +219,16 @@ class _Arms:
             if judged.keep and not self._strategy.best:
                 return
 
-    def _read(self, ran: Ran, plan: Plan) -> Continuation:
+    def _read(self, ran: Ran, plan: Plan, steps: int) -> Continuation:
         first = self._situation.step + 1
         findings = self._about(plan)
         if ran.recording is None:
             nothing = self._situation.recording
             return continuation(nothing, first, self._rules, findings, ran.problem or "it failed")
-        return continuation(ran.recording, first, self._rules, findings, ran.problem)
+        made = int((ran.recording.losses.step >= first).sum())
+        # Half of the steps are enough to compare: a checkpoint behind them spoils nothing.
+        problem = ran.problem or (ran.stopped if made < steps // 2 else "")
+        return continuation(ran.recording, first, self._rules, findings, problem)
 
     def _is_latent(self, plan: Plan) -> bool:
         return any(f.fault in LATENT for f in self._situation.findings if f.source == plan.source)

@@ -195,7 +195,13 @@ def _of_rule(findings: Sequence[Finding], situation: Situation) -> Iterator[Plan
         if repair.name != "scale_learning_rate":
             yield plan(everywhere(repair))
     if "temper_attention" in names:
-        yield plan(everywhere(Repair("temper_attention", first.component, {"factor": _STRONGER})))
+        derived = everywhere(Repair("temper_attention", first.component))
+        stronger = [
+            (Repair(action.name, action.component, {"factor": _STRONGER}), "a tenth of its logits")
+            for action, _ in derived
+        ]
+        if [action for action, _ in stronger] != [action for action, _ in derived]:
+            yield plan(stronger)
 
 
 def _by_cause(finding: Finding) -> Iterator[Repair]:
