@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import gc
 import io
 import os
 import sys
@@ -195,6 +196,13 @@ def _without_ours(trace: types.TracebackType | None) -> types.TracebackType | No
 
 
 def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
+    """Writes what waits in the script's files, also in those that it never closes.
+
+    Plain Python does so when it takes the script's globals apart, which come to no such end here.
+    """
+    left_open = (
+        o for o in gc.get_objects() if issubclass(type(o), io.TextIOBase | io.BufferedIOBase)
+    )
+    for stream in (sys.stdout, sys.stderr, *left_open):
         with contextlib.suppress(AttributeError, OSError, ValueError):  # None, full, closed
             stream.flush()

@@ -156,7 +156,8 @@ def difference(repaired: Continuation, twin: Continuation) -> Estimate:
     centred = gaps - gaps.mean()
     power = float(centred @ centred)
     carried = float(centred[1:] @ centred[:-1]) / power if power > 0 else 0.0
-    carried = min(max(carried, 0.0), 0.9)
+    # In few steps it comes out too small (Marriott and Pope 1954).
+    carried = min(max((carried * len(gaps) + 1.0) / (len(gaps) - 3.0), 0.0), 0.9)
     independent = max(len(gaps) * (1.0 - carried) / (1.0 + carried), 2.0)
     error = float(np.std(gaps, ddof=1)) / math.sqrt(independent)
     return Estimate(float(gaps.mean()) / scale, error / scale, samples=len(gaps), method="paired")
