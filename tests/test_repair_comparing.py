@@ -295,7 +295,7 @@ def test_what_brings_a_new_finding_is_not_kept_whatever_the_loss_does(gain):
     repaired, twin = paired(gain)
     one = came_to(repaired, firing=["rule:new", "rule:old"])
     found = judge(one, came_to(twin, "stands", firing=["rule:old"]), SOURCE, local=True)
-    assert not found.keep and not found.catching_up
+    assert not found.keep and math.isnan(found.expected)
     assert found.reason.startswith("it brought rule:new; the loss is ")
 
 
@@ -341,14 +341,14 @@ def test_a_gain_that_grows_may_still_come_where_the_finding_does_not_stand():
     steps = np.arange(60)
     twin = np.full(60, 2.0)
     growing, fading = twin - 0.001 * steps, twin + 0.05 - 0.0005 * (60 - steps)
-    assert judge(came_to(growing), came_to(twin), SOURCE).catching_up
-    assert not judge(came_to(fading), came_to(twin), SOURCE).catching_up
+    assert judge(came_to(growing), came_to(twin), SOURCE).expected < 0
+    assert math.isnan(judge(came_to(fading), came_to(twin), SOURCE).expected)
     standing = judge(
         came_to(growing, "stands", observed=4.0), came_to(twin, "stands", observed=3.0), SOURCE
     )
-    assert not standing.keep and not standing.catching_up
+    assert not standing.keep and math.isnan(standing.expected)
     kept = judge(came_to(0.5 * growing), came_to(twin), SOURCE)
-    assert kept.keep and not kept.catching_up
+    assert kept.keep and math.isnan(kept.expected)
 
 
 # -- what a continuation came to -----------------------------------------------------------------

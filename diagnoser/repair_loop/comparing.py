@@ -27,6 +27,7 @@ BETTER: Final = 0.03  # of the loss: what counts as better, and as not worse
 A_LITTLE: Final = 0.005  # the same where only a part is repaired
 MUCH_BETTER: Final = 0.15  # better although the finding stands as it did
 SIGMAS: Final = 2.6  # standard errors; several plans are compared at a time
+SIGMAS_OF_A_FACT: Final = 1.645
 FEWEST_STEPS: Final = 40
 MOST_STEPS: Final = 80
 SHARE_COMPARED: Final = 0.5  # of a trial's steps, the last ones
@@ -165,12 +166,16 @@ def difference(repaired: Continuation, twin: Continuation) -> Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Whether a repair is worth keeping; ``catching_up``: more steps may show that it is."""
+    """Whether a repair is worth keeping.
+
+    ``expected``: what the difference would come to in a longer trial, at its present slope, where
+    that may show a gain; else NaN.
+    """
 
     keep: bool
     reason: str
     difference: Estimate | None
-    catching_up: bool = False
+    expected: float = math.nan
 
 
 def judge(
@@ -180,6 +185,7 @@ def judge(
     *,
     latent: bool = False,
     local: bool = False,
+    fact: bool = False,
 ) -> Judged:
     """Compares a repaired continuation with the one without the repair.
 
@@ -191,6 +197,8 @@ def judge(
             and that the loss is not worse.
         local: The repair does not lower the learning rate of the whole model, which makes any loss
             lower for a while: any gain that is told from noise counts.
+        fact: The finding is what a check of the program saw, and the repair undoes just that: a
+            gain need be told from noise at 95 % alone.
     """
     if repaired.problem:
         return Judged(False, repaired.problem, None)
@@ -211,11 +219,11 @@ def judge(
         "eased": "the finding has eased",
         "stands": "the finding stands as it did",
     }
-    upper = value + SIGMAS * error
+    upper = value + (SIGMAS_OF_A_FACT if fact else SIGMAS) * error
     keep = upper < needed_gain(state, latent=latent, local=local)
     text = f"{now[state]}; {told}{'' if keep else ': no clear gain'}"
-    hopeful = state != "stands" and _slope(repaired, twin) < 0
-    return Judged(keep, text, found, catching_up=hopeful and not keep)
+    hopeful = not keep and state != "stands"
+    return Judged(keep, text, found, _later(repaired, twin) if hopeful else math.nan)
 
 
 def needed_gain(state: State, *, latent: bool, local: bool) -> float:
@@ -247,13 +255,17 @@ def _state(repaired: Continuation, twin: Continuation, source: str) -> State:
     return "eased" if eased else "stands"
 
 
-def _slope(repaired: Continuation, twin: Continuation) -> float:
-    """Returns how the difference moves, in losses a step; NaN where nothing can be said."""
+def _later(repaired: Continuation, twin: Continuation) -> float:
+    """Returns what a difference that gets smaller comes to in as many steps more; else NaN."""
     count = min(len(repaired.losses), len(twin.losses))
     gaps = _compared(repaired.losses[:count] - twin.losses[:count])
     if len(gaps) < 4 or not np.isfinite(gaps).all():
         return math.nan
-    return float(np.polyfit(np.arange(len(gaps)), gaps, 1)[0])
+    slope, level = np.polyfit(np.arange(len(gaps)), gaps, 1)
+    if not slope < 0:
+        return math.nan
+    scale = max(abs(float(np.mean(_compared(twin.losses[:count])))), 1e-12)
+    return float(level + slope * (len(gaps) + count)) / scale
 
 
 def _compared(losses: Array) -> Array:

@@ -193,8 +193,9 @@ class _Arms:
 
     @property
     def hopeful(self) -> list[Plan]:
-        """The plans whose gain may come later, the nearest to one first."""
-        waiting = sorted((r for r in self.results if r.judged.catching_up), key=_gain)
+        """The plans whose gain may come later, the one that is expected most of first."""
+        waiting = [r for r in self.results if not math.isnan(r.judged.expected)]
+        waiting.sort(key=lambda result: result.judged.expected)
         return [result.plan for result in waiting[:MOST_LONGER]]
 
     def run(self, steps: int, left: Sequence[Plan] = ()) -> Generator[Trial, Ran, None]:
@@ -212,7 +213,12 @@ class _Arms:
             came_to = self._read(ran, plan, steps)
             assert self._strategy.judge is not None
             judged = self._strategy.judge(
-                came_to, twin, plan.source, latent=self._is_latent(plan), local=plan.is_local
+                came_to,
+                twin,
+                plan.source,
+                latent=self._is_latent(plan),
+                local=plan.is_local,
+                fact=plan.source.startswith("check:") and plan.is_local,
             )
             self.results = [r for r in self.results if r.plan is not plan]
             self.results.append(_Result(plan, came_to, judged, twin, ran.batches))

@@ -194,7 +194,8 @@ def _of_rule(findings: Sequence[Finding], situation: Situation) -> Iterator[Plan
             yield plan(everywhere(repair), [forgotten])
         if repair.name != "scale_learning_rate":
             yield plan(everywhere(repair))
-    if "temper_attention" in names:
+    known = math.isfinite(situation.observed("attention_scale", first.component))
+    if "temper_attention" in names and not known:
         derived = everywhere(Repair("temper_attention", first.component))
         stronger = [
             (Repair(action.name, action.component, {"factor": _STRONGER}), "a tenth of its logits")
