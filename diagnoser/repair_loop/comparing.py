@@ -168,8 +168,8 @@ def difference(repaired: Continuation, twin: Continuation) -> Estimate:
 class Judged:
     """Whether a repair is worth keeping.
 
-    ``expected``: what the difference would come to in a longer trial, at its present slope, where
-    that may show a gain; else NaN.
+    ``expected``: what the difference would come to in a longer trial, at its present slope if that
+    is downwards; NaN where a longer one would change nothing.
     """
 
     keep: bool
@@ -256,15 +256,15 @@ def _state(repaired: Continuation, twin: Continuation, source: str) -> State:
 
 
 def _later(repaired: Continuation, twin: Continuation) -> float:
-    """Returns what a difference that gets smaller comes to in as many steps more; else NaN."""
+    """Returns what a difference comes to in as many steps more, if it gets smaller at all."""
     count = min(len(repaired.losses), len(twin.losses))
     gaps = _compared(repaired.losses[:count] - twin.losses[:count])
     if len(gaps) < 4 or not np.isfinite(gaps).all():
         return math.nan
     slope, level = np.polyfit(np.arange(len(gaps)), gaps, 1)
-    if not slope < 0:
-        return math.nan
     scale = max(abs(float(np.mean(_compared(twin.losses[:count])))), 1e-12)
+    if not slope < 0:
+        return float(gaps.mean()) / scale
     return float(level + slope * (len(gaps) + count)) / scale
 
 

@@ -28,7 +28,7 @@ from diagnoser.types import Attempt, Finding, Repair
 
 BUDGET: Final = (400, 2)  # steps of a round's trials, and how many more for each step made so far
 LONGER: Final = 3  # times as long, where the gain may still come
-MOST_LONGER: Final = 2  # plans that get that
+BEHIND: Final = 0.3  # of the loss, that weights which are learned anew may be behind at first
 # What a loss need not show soon: parts of the program, or of the model, that do nothing.
 LATENT: Final = ("dead_component", "concave_region")
 
@@ -193,10 +193,18 @@ class _Arms:
 
     @property
     def hopeful(self) -> list[Plan]:
-        """The plans whose gain may come later, the one that is expected most of first."""
-        waiting = [r for r in self.results if not math.isnan(r.judged.expected)]
+        """The plans whose gain may come later: of each sort the one that is expected most of.
+
+        Weights that are learned anew begin behind, and noise may hide that they catch up. The sorts
+        are those that learn the whole model, or a part of it, anew, and those that go on from where
+        the training is.
+        """
+        waiting = [r for r in self.results if r.judged.expected < (BEHIND if r.plan.redraws else 0)]
         waiting.sort(key=lambda result: result.judged.expected)
-        return [result.plan for result in waiting[:MOST_LONGER]]
+        first = {
+            (r.plan.redraws, r.plan.redraws and r.plan.is_local): r.plan for r in waiting[::-1]
+        }
+        return [result.plan for result in waiting if result.plan in first.values()]
 
     def run(self, steps: int, left: Sequence[Plan] = ()) -> Generator[Trial, Ran, None]:
         """Makes the twin and the repaired continuations; the results replace earlier ones."""

@@ -62,6 +62,11 @@ class Plan:
         )
 
     @property
+    def redraws(self) -> bool:
+        """Whether weights have to be learned again, which takes more steps."""
+        return any(a.name in ("reinitialize", "roll_back") for a in self.actions)
+
+    @property
     def is_local(self) -> bool:
         """Whether it leaves the learning rate of the whole model alone."""
         rates = ("scale_learning_rate", "add_warmup")
