@@ -447,4 +447,10 @@ def test_diagnose_by_rules_alone_takes_little_more_than_a_second(healthy_run):
         command += ["--classifier", "off"]
         subprocess.run(command, check=True, capture_output=True, env=dict(os.environ))
         seconds.append(time.perf_counter() - start)
-    assert statistics.median(seconds) < 1.2
+    # On a slow machine, a few times what its libraries alone take there to load.
+    alone = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import numpy, yaml, rich.console"], check=True)
+        alone.append(time.perf_counter() - start)
+    assert statistics.median(seconds) < max(1.2, 4.0 * statistics.median(alone)), (seconds, alone)
