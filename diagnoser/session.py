@@ -107,6 +107,7 @@ class Watch:
         self._looked_s, self._looks = 0.0, 0
         self._process = os.getpid()
         self._limit = limit
+        self._repairs: ScriptRepairs | None = None
         self._rules: tuple[Rule, ...] = ()
         self._classifier: Path | None = None
         if self._off:
@@ -126,7 +127,6 @@ class Watch:
             on_measured=self._look_for_findings,
             record_all=limit is not None,
         )
-        self._repairs: ScriptRepairs | None = None
         if repair != "off":
             self._repairs = ScriptRepairs(
                 self._monitor, self._log, self._rules, self.directory, self._say, strategy,

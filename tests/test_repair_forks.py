@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_rules import always
 from torch import nn
 
 from diagnoser import watch
@@ -89,40 +90,6 @@ while step < STEPS:
 {end}
 print("END", digest())
 """
-
-# A rule that holds in every training, and asks for what changes nothing: nothing is kept.
-ALWAYS = """
-title: Always
-status: stable
-description: Detects every run.
-references: ["none"]
-fault: slow_convergence
-scope: run
-when: median_update_ratio > 0
-severity: high
-message: "a step changes {{median_update_ratio:.2g}}"
-causes: [label_noise]
-repairs:
-{repairs}
-falsepositives: ["every run"]
-tests:
-  - name: any
-    series: {{median_update_ratio: [0.1]}}
-    fires: true
-  - name: none
-    series: {{median_update_ratio: [0]}}
-    fires: false
-"""
-CLIP = "{name: clip_gradient, component: model, parameters: {norm: 1000000.0}}"
-
-
-def always(folder: Path, *repairs: str) -> tuple[str, str]:
-    """Options that have the rule on."""
-    directory = folder / "rules"
-    directory.mkdir(exist_ok=True)
-    listed = "\n".join(f"  - {repair}" for repair in repairs or (CLIP,))
-    (directory / "always.yaml").write_text(ALWAYS.format(repairs=listed))
-    return ("--rules", str(directory), "--classifier", "off")
 
 
 def write(

@@ -25,10 +25,11 @@ from diagnoser.rules import (
     Rule,
     evaluate,
     precision_of,
+    until,
 )
 from diagnoser.runlog import Recording
 from diagnoser.table import Scope, Table
-from diagnoser.types import Cause, Cost, Diagnosis, Finding, RankedCause, Unknown, Where
+from diagnoser.types import Attempt, Cause, Cost, Diagnosis, Finding, RankedCause, Unknown, Where
 from diagnoser.vocabulary import MODEL, severity_rank
 
 ENOUGH_STEPS: Final = 20
@@ -66,6 +67,8 @@ def diagnose(
     measured = precision_of(rules) if precision is None else precision
     tables = feature_tables(recording)
     judgement = evaluate(rules, tables)
+    attempts = attempts_of(recording)
+    judgement = _with_confirmed(judgement, attempts, rules, tables)
     explained = _by_rules(judgement, recording, rules)
     votes = votes_of(_claims(explained, recording), measured)
     unknown, checked = judgement.unknown, judgement.checked
@@ -116,8 +119,28 @@ def diagnose(
         unknown=tuple(_worth_saying(unknown, recording, of_checks)),
         checked=checked,
         cost=_cost(recording),
-        repairs=attempts_of(recording),
+        repairs=attempts,
     )
+
+
+def _with_confirmed(
+    judgement: Judgement,
+    attempts: Sequence[Attempt],
+    rules: Sequence[Rule],
+    tables: Mapping[Scope, Table],
+) -> Judgement:
+    """Adds what a repair was kept for: a trial confirmed it before its rule held often enough."""
+    found = list(judgement.findings)
+    known = {(finding.source, finding.component) for finding in found}
+    for attempt in attempts:
+        quick = [replace(r, hold=1) for r in rules if attempt.kept and r.source == attempt.source]
+        for finding in evaluate(quick, until(tables, attempt.step)).findings if quick else ():
+            if (finding.source, finding.component) not in known:
+                known.add((finding.source, finding.component))
+                found.append(finding)
+    rules_of = {rule_of(finding) for finding in found}
+    fine = tuple(entry for entry in judgement.checked if entry.rule not in rules_of)
+    return replace(judgement, findings=tuple(found), checked=fine)
 
 
 def vectors_of(recording: Recording, tables: Mapping[Scope, Table]) -> Vectors:

@@ -7,7 +7,7 @@ tried when, and what is kept, is decided elsewhere (`diagnoser.repair_loop`).
 """
 
 from diagnoser.repair.applying import ACTIONS, Applied, apply
-from diagnoser.repair.live import Live
+from diagnoser.repair.live import Live, schedules_of
 from diagnoser.repair.snapshot import Snapshot
 
-__all__ = ["ACTIONS", "Applied", "Live", "Snapshot", "apply"]
+__all__ = ["ACTIONS", "Applied", "Live", "Snapshot", "apply", "schedules_of"]

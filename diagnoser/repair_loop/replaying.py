@@ -11,7 +11,6 @@ take turns on one random stream.
 from __future__ import annotations
 
 import copy
-import gc
 import math
 import pickle
 import random
@@ -29,7 +28,7 @@ from diagnoser.curvature import RandomStates
 from diagnoser.curvature.memory import free_memory
 from diagnoser.errors import DiagnoserError, RunLogError
 from diagnoser.monitor import Monitor
-from diagnoser.repair import Applied, Live, Snapshot, apply
+from diagnoser.repair import Applied, Live, Snapshot, apply, schedules_of
 from diagnoser.repair_loop.comparing import MEASURED_AT
 from diagnoser.repair_loop.loop import Ran, Trial
 from diagnoser.runlog import RunLogWriter
@@ -320,7 +319,7 @@ class Replays:
         """Returns the training with all that has a state, also what nobody told us of."""
         given = {id(one): one for one in (*live.optimizers, *live.others, *self._others)}
         optimizers = [one for one in given.values() if isinstance(one, torch.optim.Optimizer)]
-        for one in (*_schedulers(optimizers), *self._monitor.others):
+        for one in (*schedules_of(optimizers), *self._monitor.others):
             given.setdefault(id(one), one)
         others = [one for one in given.values() if not isinstance(one, torch.optim.Optimizer)]
         return replace(live, optimizers=optimizers, others=others)
@@ -366,16 +365,6 @@ def _has_room(batch: Any) -> bool:
         sizes[tensor.device] = sizes.get(tensor.device, 0) + size
     free = {device: free_memory(device) for device in sizes}
     return all((there := free[d]) is None or there > ROOM * size for d, size in sizes.items())
-
-
-def _schedulers(optimizers: Sequence[torch.optim.Optimizer]) -> list[Any]:
-    kind = torch.optim.lr_scheduler.LRScheduler
-    known = set(map(id, optimizers))
-    return [
-        thing
-        for thing in gc.get_objects()
-        if issubclass(type(thing), kind) and id(getattr(thing, "optimizer", None)) in known
-    ]
 
 
 def _named(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from diagnoser.diagnosis import attempt_data, diagnose, is_grave
 from diagnoser.errors import DiagnoserError, RepairError
 from diagnoser.features import feature_tables
 from diagnoser.monitor import Monitor
-from diagnoser.repair import Applied, Live, Snapshot, apply
+from diagnoser.repair import Applied, Live, Snapshot, apply, schedules_of
 from diagnoser.repair_loop.forks import Forks
 from diagnoser.repair_loop.inplace import InPlace
 from diagnoser.repair_loop.loop import (
@@ -274,6 +274,7 @@ class ScriptRepairs:
             return
         plan = left[0]
         self._tried.add(plan.key)
+        live.others = [*live.others, *schedules_of(live.optimizers)]
         latent = any(f.fault in LATENT for f in situation.findings if f.source == plan.source)
         self._in_place = InPlace(
             self._monitor, self._log, self._rules, live, situation, plan, why,

@@ -10,7 +10,7 @@ from diagnoser.rules.loading import load_rules, shipped_rules_directory
 from diagnoser.rules.precision import Precision, precision_of, save_precision
 from diagnoser.rules.ranges import Range, Ranges, load_ranges, save_ranges, shipped_ranges
 from diagnoser.rules.rule import CHECKS_FAMILY, Rule
-from diagnoser.rules.view import since
+from diagnoser.rules.view import since, until
 
 __all__ = [
     "CHECKS_FAMILY",
@@ -29,4 +29,5 @@ __all__ = [
     "shipped_ranges",
     "shipped_rules_directory",
     "since",
+    "until",
 ]
