@@ -453,4 +453,4 @@ def test_diagnose_by_rules_alone_takes_little_more_than_a_second(healthy_run):
         start = time.perf_counter()
         subprocess.run([sys.executable, "-c", "import numpy, yaml, rich.console"], check=True)
         alone.append(time.perf_counter() - start)
-    assert statistics.median(seconds) < max(1.2, 4.0 * statistics.median(alone)), (seconds, alone)
+    assert statistics.median(seconds) < max(1.2, 6.0 * statistics.median(alone)), (seconds, alone)
