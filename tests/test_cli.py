@@ -137,10 +137,7 @@ def test_the_classifier_that_ships_costs_less_than_three_seconds_and_no_torch(he
         code, seconds, torch_too = json.loads(done.stderr.splitlines()[-1])
         assert (code, torch_too) == (0, False)
         costs.append(seconds)
-    # Three seconds; on a slow machine, a few times what its libraries alone take there to load.
-    load = "import time, skops.io; print(time.process_time())"
-    alone = [float(subprocess.check_output([sys.executable, "-c", load])) for _ in range(3)]
-    assert statistics.median(costs) < max(3.0, 3.0 * statistics.median(alone)), (costs, alone)
+    assert statistics.median(costs) < 3.0, costs
 
 
 def test_a_run_can_be_judged_by_either_alone_but_not_by_nothing(healthy_run, alarmist, capsys):
@@ -447,10 +444,4 @@ def test_diagnose_by_rules_alone_takes_little_more_than_a_second(healthy_run):
         command += ["--classifier", "off"]
         subprocess.run(command, check=True, capture_output=True, env=dict(os.environ))
         seconds.append(time.perf_counter() - start)
-    # On a slow machine, a few times what its libraries alone take there to load.
-    alone = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import numpy, yaml, rich.console"], check=True)
-        alone.append(time.perf_counter() - start)
-    assert statistics.median(seconds) < max(1.2, 6.0 * statistics.median(alone)), (seconds, alone)
+    assert statistics.median(seconds) < 1.2
