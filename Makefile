@@ -64,6 +64,8 @@ evidence: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.controls watch --lot fourth
 	$(BIN)/python -m benchmarks.odd_controls
 	$(BIN)/python -m benchmarks.check_cost
+	$(BIN)/python -m benchmarks.repair run
+	$(BIN)/python -m benchmarks.repair_han
 	$(BIN)/python -m benchmarks.tables
 
 clean:

@@ -24,6 +24,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from diagnoser.checks.calls import tensors_of
 from diagnoser.curvature import RandomStates
 from diagnoser.curvature.memory import free_memory
 from diagnoser.errors import DiagnoserError, RunLogError
@@ -347,20 +348,9 @@ def copied(batch: Any) -> Any:
     return clone() if callable(clone) and not isinstance(batch, type) else batch
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, tuple | list):
-        for value in batch:
-            yield from _tensors(value)
-
-
 def _has_room(batch: Any) -> bool:
     sizes: dict[torch.device, int] = {}
-    for tensor in _tensors(batch):
+    for tensor in tensors_of(batch):
         size = tensor.numel() * tensor.element_size()
         sizes[tensor.device] = sizes.get(tensor.device, 0) + size
     free = {device: free_memory(device) for device in sizes}
