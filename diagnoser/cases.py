@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from diagnoser.errors import UsageError
 from diagnoser.vocabulary import CAUSE_CATEGORY, FAULTS, REPAIRS
@@ -59,7 +59,11 @@ class CaseFault(_Strict):
 
 
 class Case(_Strict):
-    """A case; ``script`` is absolute. ``data`` are packages that bring data without code."""
+    """A case; ``script`` is absolute. ``data`` are packages that bring data without code.
+
+    ``restarts`` are arguments that make the changes of repairs which no running training can be
+    given.
+    """
 
     name: str
     script: Path
@@ -68,6 +72,9 @@ class Case(_Strict):
     metric: Metric
     groups: dict[str, list[str]]
     faults: list[CaseFault]
+    restarts: dict[Annotated[str, _one_of(REPAIRS, "repair")], dict[str, float | int | str]] = (
+        Field(default_factory=dict)
+    )
 
 
 def load_case(name: str) -> Case:

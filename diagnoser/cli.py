@@ -217,7 +217,8 @@ def _add_repair(
         help="run a shipped case, and repair it while it runs",
         description="Runs a shipped case under the monitor. What is found is repaired: each repair "
         "is tried in a copy of the process beside one without it, on the same batches, and the "
-        "best is kept if it helped.",
+        "best is kept if it helped. What no running training can be given is tried by starting the "
+        "case again, where it has arguments for that.",
         epilog="The exit code is 0 if the case is healthy or was repaired, 1 if not, 2 for a "
         "mistake in this command line, 130 for Ctrl-C.",
     )
@@ -501,27 +502,24 @@ def _case_run(arguments: argparse.Namespace) -> int:
 
 
 def _repair(arguments: argparse.Namespace) -> int:
-    from diagnoser.cases import command_line, load_case
-    from diagnoser.launch import run_script
+    from diagnoser.cases import load_case
+    from diagnoser.restart import repair_case
     from diagnoser.session import strategy_named
 
     case = load_case(arguments.case)
     fault = arguments.fault
     if fault is None and case.faults:
         fault = case.faults[0].name
-    outcome = run_script(
-        case.script,
-        command_line(case, None if fault == "none" else fault),
+    outcome = repair_case(
+        case,
+        None if fault == "none" else fault,
         out=arguments.out,
-        repair="apply",
         strategy=strategy_named(arguments.strategy),
     )
     _end_of_run(outcome, exit_verdict=False)
     if outcome.exit_code != 0 or outcome.diagnosis is None:
         return outcome.exit_code
-    kept = any(attempt.kept for attempt in outcome.diagnosis.repairs)
-    repaired = kept and not outcome.left
-    return 0 if repaired or outcome.diagnosis.verdict == "healthy" else 1
+    return 0 if outcome.repaired or outcome.diagnosis.verdict == "healthy" else 1
 
 
 def _bench(arguments: argparse.Namespace) -> int:

@@ -41,6 +41,12 @@ class Outcome:
     problem: str | None = None  # why the diagnosis could not be made or written
     left: tuple[Finding, ...] = ()
 
+    @property
+    def repaired(self) -> bool:
+        """Whether a repair was kept, and nothing is left that is grave."""
+        tried = self.diagnosis.repairs if self.diagnosis is not None else ()
+        return any(attempt.kept for attempt in tried) and not self.left
+
 
 def run_script(
     script: Path | str,

@@ -94,7 +94,7 @@ class Results:
         self,
         of: Situation | None = None,
         strategy: Strategy = DIAGNOSER,
-        tried: Collection[object] = (),
+        tried: Collection[Sequence[Repair]] = (),
     ) -> Decision:
         fixed = replace(strategy, plans=lambda _: self.plans)
         trials = round_of_trials(of or situation(), [RULE], tried, "in pairs", fixed)
@@ -146,14 +146,24 @@ def test_nothing_is_kept_that_does_not_help():
 
 def test_what_was_tried_is_not_tried_again():
     results = Results([A, B, C], {"for a": flat(0.5)}, ALL_CURE)
-    decision = results.drive(tried={A.key})
+    decision = results.drive(tried=[A.actions])
     assert [name for name, _ in results.asked] == ["twin", "for bb", "for ccc"]
     assert decision.plan is None
 
 
+@pytest.mark.parametrize(
+    ("factor", "is_tried"), [(0.5, False), (0.45, False), (0.6, False), (0.3, True), (0.9, True)]
+)
+def test_numbers_that_a_later_step_derives_anew_make_no_new_action(factor, is_tried):
+    earlier = (Repair("scale_learning_rate", "head", {"factor": factor}),)
+    results = Results([plan("scale")])
+    results.drive(tried=[earlier])
+    assert bool(results.asked) == is_tried
+
+
 def test_where_all_was_tried_nothing_is_run():
     results = Results([A, B])
-    decision = results.drive(tried={A.key, B.key})
+    decision = results.drive(tried=[A.actions, B.actions])
     assert results.asked == []
     assert decision == Decision((), None, "no repair is left to try")
 

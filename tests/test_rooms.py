@@ -23,6 +23,7 @@ ROWS = (
     {"repair_loop"},
     {"session"},
     {"launch", "integrations", "benchmark", "training"},
+    {"restart"},
     {"cli"},
 )
 ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

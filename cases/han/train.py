@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--word-attention-lr-factor", type=float, default=1.0)
+    parser.add_argument("--order", choices=("random", "by-class"), default="random")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -40,7 +41,10 @@ def main() -> None:
     for epoch in range(1, arguments.epochs + 1):
         model.train()
         total = 0.0
-        batches = torch.randperm(len(data.train), generator=order).split(arguments.batch_size)
+        drawn = torch.randperm(len(data.train), generator=order)
+        if arguments.order == "by-class":
+            drawn = drawn[data.train.labels[drawn].argsort(stable=True)]
+        batches = drawn.split(arguments.batch_size)
         for batch in batches:
             optimizer.zero_grad()
             loss = F.cross_entropy(model(data.train.documents[batch]), data.train.labels[batch])

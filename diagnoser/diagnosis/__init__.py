@@ -1,6 +1,6 @@
 """From a recording, rules and a classifier to one diagnosis."""
 
-from diagnoser.diagnosis.attempts import attempt_data, attempts_of
+from diagnoser.diagnosis.attempts import EVENT, attempt_data, attempts_of
 from diagnoser.diagnosis.defaults import (
     DEFAULT_FAMILIES,
     FAMILIES,
@@ -20,6 +20,7 @@ from diagnoser.diagnosis.merging import (
 
 __all__ = [
     "DEFAULT_FAMILIES",
+    "EVENT",
     "FAMILIES",
     "Claim",
     "attempt_data",

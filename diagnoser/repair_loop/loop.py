@@ -8,7 +8,7 @@ in code that is put back to a snapshot, and in tests for recordings made by hand
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -21,7 +21,7 @@ from diagnoser.repair_loop.comparing import (
     judge,
     trial_steps,
 )
-from diagnoser.repair_loop.planning import MOST_PLANS, Plan, Situation, plans
+from diagnoser.repair_loop.planning import MOST_PLANS, Plan, Situation, are_alike, plans
 from diagnoser.rules import Rule
 from diagnoser.runlog import Recording
 from diagnoser.types import Attempt, Finding, Repair
@@ -121,7 +121,7 @@ Trials = Generator[Trial, Ran, Decision]
 def round_of_trials(
     situation: Situation,
     rules: Sequence[Rule],
-    tried: Collection[object],
+    tried: Collection[Sequence[Repair]],
     guarantee: str,
     strategy: Strategy = DIAGNOSER,
 ) -> Trials:
@@ -130,11 +130,11 @@ def round_of_trials(
     Args:
         situation: What was found, and what is known.
         rules: What is looked for in every continuation.
-        tried: Keys of plans that were tried before; none is tried twice.
+        tried: Actions that were tried before, together; none are tried twice.
         guarantee: How continuations are compared here, in one sentence.
         strategy: How plans are found and judged.
     """
-    left = [plan for plan in strategy.plans(situation) if plan.key not in tried]
+    left = not_tried(strategy.plans(situation), tried)
     if not left:
         return Decision((), None, "no repair is left to try")
     steps, why = trial_steps(situation.recording.losses.value)
@@ -148,6 +148,11 @@ def round_of_trials(
     if hopeful and not arms.kept and strategy.best:
         yield from arms.run(LONGER * steps, hopeful)
     return arms.decision()
+
+
+def not_tried(plans: Iterable[Plan], tried: Collection[Sequence[Repair]]) -> list[Plan]:
+    """Returns the plans that are not like anything that was tried before."""
+    return [plan for plan in plans if not any(are_alike(plan.actions, done) for done in tried)]
 
 
 @dataclass(frozen=True, slots=True)

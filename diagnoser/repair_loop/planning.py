@@ -33,6 +33,7 @@ _MOST: Final = 1000.0
 _WIDER: Final = 3.0  # the same plan once more with this much less, or more
 _STRONGER: Final = 0.1
 _SMALLER: Final = 0.1
+_ALIKE: Final = 1.5  # times: numbers that are less apart make the same action
 _OF_THE_PROGRAM: Final = ("dead_component", "program_defect")  # no smaller step mends these
 _OF_CAUSE: Final[Mapping[str, tuple[str, ...]]] = {
     "learning_rate_too_high": ("scale_learning_rate",),
@@ -71,6 +72,29 @@ class Plan:
         """Whether it leaves the learning rate of the whole model alone."""
         rates = ("scale_learning_rate", "add_warmup")
         return not any(a.name in rates and a.component == MODEL for a in self.actions)
+
+
+def are_alike(one: Sequence[Repair], other: Sequence[Repair]) -> bool:
+    """Whether two plans' actions are the same, but for numbers that a later step derives anew.
+
+    >>> def times(x): return [Repair("scale_learning_rate", "model", {"factor": x})]
+    >>> are_alike(times(0.09), times(0.1)), are_alike(times(0.1), times(0.3))
+    (True, False)
+    """
+    return len(one) == len(other) and all(map(_is_alike, one, other))
+
+
+def _is_alike(one: Repair, other: Repair) -> bool:
+    names = one.parameters.keys()
+    if (one.name, one.component, names) != (other.name, other.component, other.parameters.keys()):
+        return False
+    return all(_is_near(one.parameters[name], other.parameters[name]) for name in names)
+
+
+def _is_near(one: float | str, other: float | str) -> bool:
+    if isinstance(one, str) or isinstance(other, str) or min(one, other) <= 0:
+        return one == other
+    return max(one, other) < _ALIKE * min(one, other)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from diagnoser.repair_loop.loop import (
     Runner,
     Strategy,
     kept_without_trial,
+    not_tried,
     round_of_trials,
 )
 from diagnoser.repair_loop.planning import Situation
@@ -85,7 +86,8 @@ class ScriptRepairs:
         self._runner: Runner = runner or self._forks
         self._healthy: list[_Kept] = []
         self._no_snapshots = ""
-        self._tried: set[object] = set()
+        self._tried: list[tuple[Repair, ...]] = []
+        self._suggested: set[str] = set()
         self._applied: list[Applied] = []
         self._findings: tuple[Finding, ...] = ()
         self._at_repair: dict[tuple[str, str], tuple[float, ...]] = {}
@@ -212,8 +214,8 @@ class ScriptRepairs:
     def _suggest(self, situation: Situation) -> None:
         """Says, once for each finding, what would be tried first."""
         for plan in self._strategy.plans(situation):
-            if plan.source not in self._tried:
-                self._tried.add(plan.source)
+            if plan.source not in self._suggested:
+                self._suggested.add(plan.source)
                 what = " and ".join(_spelled(action) for action in plan.actions)
                 self._say(
                     f"diagnoser: step {situation.step}: --repair apply would try {what} first "
@@ -234,8 +236,7 @@ class ScriptRepairs:
                 trial = trials.send(ran)
         except StopIteration as stop:
             decision: Decision = stop.value
-        for attempt in decision.attempts:
-            self._tried.add(_key(attempt.actions))
+        self._tried += [attempt.actions for attempt in decision.attempts]
         return decision
 
     def _without_trial(self, live: Live, situation: Situation) -> None:
@@ -268,12 +269,12 @@ class ScriptRepairs:
 
     def _begin_in_place(self, live: Live, situation: Situation, why: str) -> None:
         """Begins a trial in the training itself, of the first plan that is left."""
-        left = [p for p in self._strategy.plans(situation) if p.key not in self._tried]
+        left = not_tried(self._strategy.plans(situation), self._tried)
         if not left or len(self._tried) >= MOST_IN_PLACE:
             self._not_before = situation.step + SETTLING
             return
         plan = left[0]
-        self._tried.add(plan.key)
+        self._tried.append(plan.actions)
         live.others = [*live.others, *schedules_of(live.optimizers)]
         latent = any(f.fault in LATENT for f in situation.findings if f.source == plan.source)
         self._in_place = InPlace(
@@ -348,10 +349,6 @@ def _spelled(action: Repair) -> str:
         for name, value in action.parameters.items()
     )
     return f"{action.name} in {action.component}{f' ({numbers})' if numbers else ''}"
-
-
-def _key(actions: Sequence[Repair]) -> object:
-    return tuple((a.name, a.component, tuple(sorted(a.parameters.items()))) for a in actions)
 
 
 def _is_of_the_start(finding: Finding) -> bool:

@@ -27,7 +27,7 @@ from diagnoser.runlog.recording import (
     RecordingBuilder,
     Series,
 )
-from diagnoser.runlog.writer import RunLogWriter, plain
+from diagnoser.runlog.writer import RunLogWriter, add_event, plain
 
 __all__ = [
     "LOG_FILE",
@@ -40,6 +40,7 @@ __all__ = [
     "RecordingBuilder",
     "RunLogWriter",
     "Series",
+    "add_event",
     "plain",
     "read_run",
 ]

@@ -284,6 +284,24 @@ def _fact_record(fact: Fact) -> Record:
     }
 
 
+def add_event(directory: Path, step: int, kind: str, message: str, data: Data) -> None:
+    """Adds to the log of a run that has ended (see `Event`).
+
+    Raises:
+        RunLogError: There is no log, or it cannot be written.
+    """
+    path = directory / LOG_FILE
+    event = Event(int(step), kind, message, plain(data))
+    try:
+        with path.open("r+b") as file:
+            file.seek(0, os.SEEK_END)
+            file.write(_encode({"record": "event", **asdict(event)}))
+    except OSError as error:
+        raise RunLogError(
+            f"{path}: cannot add to the run log ({error.strerror}); what was to be added: {message}"
+        ) from error
+
+
 def _encode(record: Record) -> bytes:
     return json.dumps(record, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
 
