@@ -124,6 +124,7 @@ def test_diagnose_takes_the_classifier_it_is_given(healthy_run, alarmist, capsys
     assert main([*command, "off"]) == 0
 
 
+@pytest.mark.alone
 def test_the_classifier_that_ships_costs_less_than_three_seconds_and_no_torch(healthy_run):
     program = (
         "import json, sys, time; from diagnoser.cli import main; "
@@ -435,6 +436,7 @@ def test_a_reader_that_leaves_early_is_no_traceback(healthy_run):
     assert done.stderr == ""
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_diagnose_by_rules_alone_takes_little_more_than_a_second(healthy_run):
     seconds = []

@@ -440,6 +440,7 @@ def test_a_value_within_the_error_of_the_end_is_not_beyond_it():
 # Speed
 
 
+@pytest.mark.alone
 def test_thirty_rules_on_forty_components_are_fast():
     generator = np.random.default_rng(0)
     shape = (40, 60)

@@ -656,6 +656,7 @@ def test_a_cut_header_is_damaged_wherever_it_was_cut(tmp_path: Path) -> None:
             read_run(tmp_path)
 
 
+@pytest.mark.alone
 def test_a_hundred_thousand_rows_are_read_within_two_seconds(tmp_path: Path) -> None:
     rows = [
         Measurement(0, f"quantity_{i % 20}", f"layers.{i // 20}.attn", Estimate(i / 7, i / 9, None))
