@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -783,8 +784,19 @@ def test_a_system_without_fork_is_refused(live, monkeypatch):
 # -- in code ---------------------------------------------------------------------------------------
 
 
-def trained(out: Path, mode: str) -> tuple[list[float], list[dict[str, Any]], Path]:
-    """A training whose body the optimizer was not given; the test's own process is forked."""
+@dataclass(frozen=True)
+class Trained:
+    losses: list[float]
+    repairs: list[dict[str, Any]]
+    out: Path
+    moved: list[bool]  # whether a step changed the body
+
+
+def trained(out: Path, mode: str, anew: int = -1) -> Trained:
+    """A training whose body the optimizer was not given; the test's own process is forked.
+
+    At step ``anew`` it builds another optimizer, of the same mistake.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)
@@ -793,8 +805,12 @@ def trained(out: Path, mode: str) -> tuple[list[float], list[dict[str, Any]], Pa
     optimizer = torch.optim.Adam(parameters, lr=0.01)
     truth = torch.randn(8, 4)
     losses = []
+    body = []
     with watch(model, optimizer, out=out, repair=mode, verbose=False) as watched_here:
-        for _ in range(60):
+        for step in range(60):
+            if step == anew:
+                optimizer = torch.optim.Adam(parameters, lr=0.01)
+            body.append(model[2].weight.detach().clone())
             x = torch.randn(32, 8)
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x), (x @ truth).argmax(1))
@@ -803,7 +819,8 @@ def trained(out: Path, mode: str) -> tuple[list[float], list[dict[str, Any]], Pa
             losses.append(loss.item())
         watched_here.diagnose()
     repairs = json.loads((out / "diagnosis.json").read_text())["repairs"]
-    return losses, repairs, out
+    moved = [not torch.equal(*pair) for pair in itertools.pairwise(body)]
+    return Trained(losses, repairs, out, moved)
 
 
 def children() -> set[str]:
@@ -812,20 +829,44 @@ def children() -> set[str]:
     return set(Path(f"/proc/{me}/task/{me}/children").read_text().split())
 
 
-def test_a_loop_in_code_is_repaired_as_a_script_is(tmp_path):
-    threads, earlier = torch.get_num_threads(), children()
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        before, nothing, _ = trained(tmp_path / "off", "off")
-        losses, repairs, out = trained(tmp_path / "apply", "apply")
-    finally:
-        torch.set_num_threads(threads)
-    assert nothing == []
-    kept = [r for r in repairs if r["verdict"] == "kept"]
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_loop_in_code_is_repaired_as_a_script_is(tmp_path, one_thread):
+    earlier = children()
+    before = trained(tmp_path / "off", "off")
+    done = trained(tmp_path / "apply", "apply")
+    assert before.repairs == [] and not any(before.moved)
+    kept = [r for r in done.repairs if r["verdict"] == "kept"]
     assert [r["step"]["actions"][0]["name"] for r in kept] == ["register_parameters"]
     at = kept[0]["step"]["at"]
-    assert losses[: at + 1] == before[: at + 1]
-    assert sum(losses[-10:]) < sum(before[-10:])
-    assert len(read_run(out).losses.step) == 60
-    assert len(list((out / "trials").iterdir())) >= 2
+    assert done.losses[: at + 1] == before.losses[: at + 1]
+    assert done.moved == [step > at for step in range(len(done.moved))]
+    assert sum(done.losses[-10:]) < sum(before.losses[-10:])
+    assert len(read_run(done.out).losses.step) == 60
+    assert len(list((done.out / "trials").iterdir())) >= 2
     assert children() <= earlier
+
+
+def test_an_optimizer_that_is_built_anew_takes_over_what_was_kept(tmp_path, one_thread):
+    done = trained(tmp_path, "apply", anew=40)
+    at = next(r["step"]["at"] for r in done.repairs if r["verdict"] == "kept")
+    assert at < 39
+    assert done.moved[at + 1 : 40] == [True] * (39 - at)
+    assert done.moved[41:] == [True] * (len(done.moved) - 41)  # step 40 shows that it is another
+    said = [e for e in read_run(tmp_path).events if "built anew" in e.message]
+    assert [(e.step, e.kind) for e in said] == [(40, "repairs")]
+    assert said[0].message.endswith("what was kept goes on: register_parameters in 2")
+
+
+@pytest.mark.parametrize("anew", [14, 24])
+def test_an_optimizer_may_be_built_anew_during_a_trial(tmp_path, one_thread, anew):
+    done = trained(tmp_path, "apply", anew=anew)
+    assert len(done.losses) == 60
+    assert [r for r in done.repairs if r["difference"] is not None]
+    assert all("Error" not in r["reason"] for r in done.repairs)

@@ -162,6 +162,24 @@ def test_a_trial_that_the_end_of_the_training_cuts_short_is_taken_back(tmp_path,
     assert loop.digest() == loop.states[attempt.step]
 
 
+def test_an_optimizer_that_is_built_anew_ends_the_trial(tmp_path):
+    loop = Loop()
+    weights: dict[int, dict[str, Tensor]] = {}
+
+    def anew(step: int) -> None:
+        weights[step] = {n: t.clone() for n, t in loop.model.state_dict().items()}
+        if step == 50:
+            loop.optimizer = torch.optim.Adam(loop.model.parameters(), lr=3e-3)
+            loop.schedule = torch.optim.lr_scheduler.LambdaLR(loop.optimizer, lambda s: 1.0)
+
+    first = train(loop, tmp_path, rule(tmp_path), anew).repairs[0]
+    assert (first.kept, first.batches) == (False, 50 - first.step)
+    assert first.reason == "the script built its optimizer anew during the trial"
+    for name, tensor in weights[51].items():  # those from before the trial
+        assert torch.equal(tensor, weights[first.step + 1][name]), name
+    assert len(loop.losses) == STEPS
+
+
 def interrupted(loop: Loop, folder: Path, at: int = 60) -> dict[str, Any]:
     """Trains, and interrupts in the middle of a trial."""
     seen: dict[str, Any] = {}

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from diagnoser.errors import RepairError
-from diagnoser.repair import ACTIONS, Live, Snapshot, apply
+from diagnoser.repair import ACTIONS, Applied, Live, Snapshot, apply, schedules_of
 from diagnoser.types import Repair
 
 BATCHES = 40
@@ -162,6 +163,48 @@ def test_after_undo_a_training_goes_on_as_if_never_touched(
     tried.run(before, MORE_STEPS)
 
     assert flat(tried.state()) == expected
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@settings(max_examples=10, deadline=None)
+@given(
+    schedule=st.sampled_from(sorted(SCHEDULES)),
+    names=st.lists(st.sampled_from(sorted(ACTIONS)), min_size=1, max_size=10, unique=True),
+    at=st.integers(0, 6),
+    later=st.integers(0, 3),
+)
+def test_what_is_taken_back_inside_a_step_leaves_no_bit(optimizer, schedule, names, at, later):
+    """As in a script that runs: from a hook on its step, which knows the optimizer alone.
+
+    What was applied behind one step is in force in ``later`` ones, or in none.
+    """
+    if "sgd" in optimizer:
+        names = [name for name in names if name != "change_betas"]
+    untouched = Training(optimizer, schedule)
+    untouched.run(0, at + 1 + MORE_STEPS)
+
+    tried = Training(optimizer, schedule)
+    live = Live({"model": tried.model}, [tried.optimizer], schedules_of([tried.optimizer]))
+    live.healthy = live.start = Snapshot(live, None)
+    in_force: list[tuple[Snapshot, Applied]] = []
+
+    def behind(stepping: torch.optim.Optimizer, *_: object) -> None:
+        if len(tried.losses) == at:
+            snapshot = Snapshot(live, None)
+            in_force.append((snapshot, apply(live, [REPAIRS[name] for name in names])))
+        if in_force and len(tried.losses) == at + later:
+            snapshot, applied = in_force.pop()
+            applied.take_back()
+            snapshot.restore()
+
+    hook = register_optimizer_step_post_hook(behind)
+    try:
+        tried.run(0, at + 1 + later)
+    finally:
+        hook.remove()
+    del tried.losses[at + 1 :]
+    tried.run(at + 1, MORE_STEPS)  # the batches of the trial once more
+    assert flat(tried.state()) == flat(untouched.state())
 
 
 @pytest.mark.parametrize("name", sorted(ACTIONS))

@@ -6,8 +6,8 @@ trial begins with and is put back to, `live` the training as all of them see it.
 tried when, and what is kept, is decided elsewhere (`diagnoser.repair_loop`).
 """
 
-from diagnoser.repair.applying import ACTIONS, Applied, apply
+from diagnoser.repair.applying import ACTIONS, OF_OPTIMIZERS, Applied, apply
 from diagnoser.repair.live import Live, schedules_of
 from diagnoser.repair.snapshot import Snapshot
 
-__all__ = ["ACTIONS", "Applied", "Live", "Snapshot", "apply", "schedules_of"]
+__all__ = ["ACTIONS", "OF_OPTIMIZERS", "Applied", "Live", "Snapshot", "apply", "schedules_of"]

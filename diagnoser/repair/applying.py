@@ -45,6 +45,11 @@ ACTIONS: Final[Mapping[str, Action]] = MappingProxyType(
     }
 )
 
+# What an optimizer that the script builds anew half-way would not know of.
+OF_OPTIMIZERS: Final = frozenset(
+    {"scale_learning_rate", "clip_gradient", "add_warmup", "change_betas", "register_parameters"}
+)
+
 
 @dataclass(slots=True)
 class Applied:

@@ -105,9 +105,9 @@ class InPlace:
             return self._end("the loss became NaN or infinite")
         return self._end("") if made >= 2 * self._steps else None
 
-    def stop(self) -> Attempt | None:
-        """Ends the trial because the training has ended; what was tried is taken back."""
-        return self._end("the training ended during the trial") if self._snapshot else None
+    def stop(self, why: str) -> Attempt | None:
+        """Ends the trial before its time; what was tried is taken back."""
+        return self._end(why) if self._snapshot else None
 
     def _begin(self) -> None:
         self._at[1] = self._monitor.held_loss()

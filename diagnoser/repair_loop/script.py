@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal, NoReturn
+from weakref import WeakSet
 
 import torch
 
@@ -14,7 +16,7 @@ from diagnoser.diagnosis import attempt_data, diagnose, is_grave
 from diagnoser.errors import DiagnoserError, RepairError
 from diagnoser.features import feature_tables
 from diagnoser.monitor import Monitor
-from diagnoser.repair import Applied, Live, Snapshot, apply, schedules_of
+from diagnoser.repair import OF_OPTIMIZERS, Applied, Live, Snapshot, apply, schedules_of
 from diagnoser.repair_loop.forks import Forks
 from diagnoser.repair_loop.inplace import InPlace
 from diagnoser.repair_loop.loop import (
@@ -89,6 +91,9 @@ class ScriptRepairs:
         self._tried: list[tuple[Repair, ...]] = []
         self._suggested: set[str] = set()
         self._applied: list[Applied] = []
+        self._in_force: list[Repair] = []
+        self._known: WeakSet[torch.optim.Optimizer] = WeakSet()
+        self._stepped: set[int] = set()  # identities of parameters
         self._findings: tuple[Finding, ...] = ()
         self._at_repair: dict[tuple[str, str], tuple[float, ...]] = {}
         self._lowest, self._is_healthy = math.inf, False
@@ -141,6 +146,10 @@ class ScriptRepairs:
 
     def step_made(self, optimizer: torch.optim.Optimizer) -> None:
         """Is called after every step of an optimizer."""
+        if self._is_new(optimizer):
+            with self._monitor.aside("repair"):
+                settle(optimizer)
+                self._take_over(optimizer)
         if not self._monitor.is_complete:
             return
         if self._forks.is_child:
@@ -164,6 +173,38 @@ class ScriptRepairs:
         with self._monitor.aside("repair"):
             settle(optimizer)
             self._round(step)
+
+    # -- an optimizer that is built anew ---------------------------------------------------------
+
+    def _remember(self, live: Live, actions: Sequence[Repair]) -> None:
+        """Remembers what an optimizer that is built anew would not know of."""
+        self._in_force += [action for action in actions if action.name in OF_OPTIMIZERS]
+        for optimizer in live.optimizers:
+            self._known.add(optimizer)
+            self._stepped.update(id(p) for g in optimizer.param_groups for p in g["params"])
+
+    def _is_new(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether an optimizer has just taken over parameters of another."""
+        if optimizer in self._known:
+            return False
+        self._known.add(optimizer)
+        return any(id(p) in self._stepped for g in optimizer.param_groups for p in g["params"])
+
+    def _take_over(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._in_place is not None:
+            why = "the script built its optimizer anew during the trial"
+            self._go_on_in_place(self._in_place, why)
+        live = replace(self._live(), optimizers=[optimizer])
+        told = []
+        for action in self._in_force:
+            with suppress(RepairError):  # what it is about, this optimizer does not step
+                self._applied.append(apply(live, [action]))
+                told.append(_spelled(action))
+        step = self._monitor.step
+        message = f"the optimizer was built anew; what was kept goes on: {', '.join(told)}"
+        if told and not self._forks.is_child:
+            self._log.event(step, "repairs", message, {})
+            self._say(f"diagnoser: step {step}: {message}")
 
     # -- one round -------------------------------------------------------------------------------
 
@@ -209,6 +250,7 @@ class ScriptRepairs:
             self._note(attempt)
         if decision.plan is not None:
             self._applied.append(apply(live, decision.plan.actions))
+            self._remember(live, decision.plan.actions)
             self._settle(situation)
 
     def _suggest(self, situation: Situation) -> None:
@@ -232,6 +274,7 @@ class ScriptRepairs:
             while True:
                 ran = self._runner.run(live, trial)
                 if ran is None:
+                    self._remember(live, trial.actions)
                     return None
                 trial = trials.send(ran)
         except StopIteration as stop:
@@ -245,6 +288,7 @@ class ScriptRepairs:
                 self._applied.append(apply(live, plan.actions))
             except RepairError:
                 continue
+            self._remember(live, plan.actions)
             self._note(kept_without_trial(plan, situation))
             return
 
@@ -275,6 +319,7 @@ class ScriptRepairs:
             return
         plan = left[0]
         self._tried.append(plan.actions)
+        self._remember(live, ())
         live.others = [*live.others, *schedules_of(live.optimizers)]
         latent = any(f.fault in LATENT for f in situation.findings if f.source == plan.source)
         self._in_place = InPlace(
@@ -286,26 +331,29 @@ class ScriptRepairs:
             f"{self._suspicion(situation)}; trying {what} in the training itself, because {why}"
         )
 
-    def _go_on_in_place(self, trial: InPlace, *, ended: bool = False) -> None:
+    def _go_on_in_place(self, trial: InPlace, why: str = "") -> None:
+        """Goes on with a trial, or ends it before its time because of ``why``."""
         try:
-            attempt = trial.stop() if ended else trial.step_made()
+            attempt = trial.stop(why) if why else trial.step_made()
         except DiagnoserError as error:
             self._in_place, attempt = None, None
             self._log.event(self._monitor.step, "repairs", str(error), {})
             self._say(f"diagnoser: step {self._monitor.step}: not tried: {error}")
         if attempt is None:
+            self._in_place = None if why else self._in_place
             return
         self._in_place = None
         self._note(attempt)
         if attempt.kept and trial.applied is not None:
             self._applied.append(trial.applied)
+            self._remember(self._live(), trial.plan.actions)
             self._settle(trial.situation)
         self._not_before = self._monitor.step + SETTLING
 
     def finish(self) -> None:
         """Is called when the training has ended: a trial that still goes on is taken back."""
         if self._in_place is not None:
-            self._go_on_in_place(self._in_place, ended=True)
+            self._go_on_in_place(self._in_place, "the training ended during the trial")
 
     def _settle(self, situation: Situation) -> None:
         """Remembers what was there when a repair was kept."""
