@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import resource
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from typing import Any, Final
 import pyarrow.parquet as pq
 import torch
 
+from benchmarks.forked import answers, rows_of
 from diagnoser.benchmark.configuration import Configuration, catalogue, content_hash
 from diagnoser.injection import Training, assemble, train
 from diagnoser.repair import ACTIONS
@@ -240,62 +239,11 @@ def key(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in names)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Returns the runs that are there; a line that was cut is not."""
-    rows = []
-    if path.exists():
-        for line in path.read_text("utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-    return rows
-
-
-def in_forks(
-    wanted: Sequence[tuple[Case, str, int]], jobs: int, deadline: float
-) -> Iterator[dict[str, Any]]:
-    """Yields runs as they are finished; each is made in a fork of its own."""
-    torch.set_num_threads(1)
-    for case in {case.subject: case for case, _, _ in wanted}.values():
-        training = assembled(case, 0, healthy=True)
-        torch.optim.SGD(training.model.parameters(), lr=0.1)  # what is imported at first use is
-    waiting = list(reversed(wanted))
-    running: dict[int, tuple[tuple[Case, str, int], Path, float]] = {}
-    with tempfile.TemporaryDirectory(prefix="diagnoser-repair-") as folder:
-        while waiting or running:
-            while waiting and len(running) < jobs and time.monotonic() < deadline:
-                task = waiting.pop()
-                answer = Path(folder) / f"{len(waiting)}.json"
-                child = os.fork()
-                if child == 0:
-                    _answer(task, answer)
-                running[child] = (task, answer, time.monotonic())
-            if not running:
-                return
-            child, status, _ = os.wait4(-1, 0)
-            task, answer, _ = running.pop(child)
-            if answer.exists():
-                yield {**head(*task), **json.loads(answer.read_text("utf-8"))}
-                answer.unlink()
-            else:
-                yield {**head(*task), "problem": f"ended with {status}"}
-
-
-def _answer(task: tuple[Case, str, int], answer: Path) -> None:
-    code = 1
-    try:
-        try:
-            row = run(*task)
-        except Exception as error:
-            traceback.print_exc()
-            row = {"problem": f"{type(error).__name__}: {error}"}
-        part = answer.with_suffix(".part")
-        part.write_text(json.dumps(row), "utf-8")
-        part.replace(answer)
-        code = 0
-    finally:
-        os._exit(code)
+def import_all() -> None:
+    """Imports what is imported at first use, so that no run pays for it."""
+    for subject in {case.subject: case for case in CASES}.values():
+        training = assembled(subject, 0, healthy=True)
+        torch.optim.SGD(training.model.parameters(), lr=0.1)
 
 
 def wanted(
@@ -325,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--without-healthy", action="store_true")
     given = parser.parse_args(arguments)
     if given.action == "run":
-        done = {key(row) for row in read(given.out)}
+        done = {key(row) for row in rows_of(given.out)}
         cases = [c for c in CASES if not given.operator or c.operator in given.operator]
         todo = [
             task
@@ -338,11 +286,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if key(head(*task)) not in done
         ]
         print(f"{len(todo)} runs", file=sys.stderr)
+        import_all()
         with given.out.open("a", encoding="utf-8") as file:
-            for row in in_forks(todo, given.jobs, time.monotonic() + 60 * given.minutes):
-                file.write(json.dumps(row) + "\n")
+            ends = time.monotonic() + 60 * given.minutes
+            for task, row in answers(todo, lambda task: run(*task), given.jobs, ends):
+                file.write(json.dumps({**head(*task), **row}) + "\n")
                 file.flush()
-    show(read(given.out))
+    show(rows_of(given.out))
     return 0
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks import repair, repair_han
 from benchmarks.ablation_document import table
+from benchmarks.forked import rows_of
 from benchmarks.repair import ARMS, CASES, HEALTHY, RESTART, Case, Truth
 from diagnoser.benchmark.harm import sign_flip_p
 from diagnoser.benchmark.intervals import cluster_bootstrap, wilson
@@ -59,7 +60,7 @@ class Pair:
 @functools.cache
 def pairs() -> dict[str, list[Pair]]:
     """Returns the runs of every arm, paired; only seeds that all arms have."""
-    rows = {repair.key(row): row for row in repair.read(repair.RESULTS)}
+    rows = {repair.key(row): row for row in rows_of(repair.RESULTS)}
     known = repair.truths(CASES)
     found: dict[str, list[Pair]] = {arm: [] for arm in TITLES}
     for case in CASES:
@@ -178,7 +179,7 @@ def by_mistake() -> str:
 
 def healthy() -> str:
     """How often a healthy run was acted on, and what came of it."""
-    rows = {repair.key(row): row for row in repair.read(repair.RESULTS)}
+    rows = {repair.key(row): row for row in rows_of(repair.RESULTS)}
     known = repair.truths(HEALTHY)
     runs = acted = tried = worse = 0
     for case in HEALTHY:
@@ -205,7 +206,7 @@ def _spread(truth: Truth) -> float:
 
 
 def _han(arm: str) -> dict[int, dict[str, Any]]:
-    return {row["seed"]: row for row in repair_han.read(repair_han.RESULTS) if row["arm"] == arm}
+    return {row["seed"]: row for row in rows_of(repair_han.RESULTS) if row["arm"] == arm}
 
 
 HAN_TITLES: Final = {
@@ -295,4 +296,4 @@ BLOCKS: Final[Mapping[str, Callable[[], str]]] = {
 
 def cost_hours() -> float:
     """CPU-hours that the kept runs took."""
-    return sum(row.get("cpu_s", 0.0) for row in repair.read(repair.RESULTS)) / 3600
+    return sum(row.get("cpu_s", 0.0) for row in rows_of(repair.RESULTS)) / 3600

@@ -16,11 +16,9 @@ import copy
 import io
 import json
 import math
-import os
 import sys
 import tempfile
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.forked import answers, rows_of
 from diagnoser.cases import command_line, load_case
 from diagnoser.components import layers_of, split_components
 from diagnoser.curvature import ProbeSet, coupling_matrix, coupling_norms
@@ -162,45 +161,6 @@ def predictions(model: nn.Module, split: Any) -> Tensor:
     return torch.cat([model(documents).argmax(-1) for documents in split.documents.split(128)])
 
 
-def in_forks(wanted: Sequence[tuple[str, int]], jobs: int) -> Iterator[dict[str, Any]]:
-    """Yields runs as they are finished; each is made in a fork of its own."""
-    torch.set_num_threads(1)
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
-    waiting, running = list(reversed(wanted)), dict[int, tuple[tuple[str, int], Path]]()
-    with tempfile.TemporaryDirectory() as folder:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                task = waiting.pop()
-                answer = Path(folder) / f"{task[0]}-{task[1]}.json"
-                child = os.fork()
-                if child == 0:
-                    _answer(task, answer)
-                running[child] = (task, answer)
-            child, _ = os.wait()
-            task, answer = running.pop(child)
-            known = {"arm": task[0], "seed": task[1]}
-            yield {**known, **json.loads(answer.read_text())} if answer.exists() else known
-
-
-def _answer(task: tuple[str, int], answer: Path) -> None:
-    try:
-        row = run(*task)
-        part = answer.with_suffix(".part")
-        part.write_text(json.dumps(row))
-        part.replace(answer)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(0)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Returns the runs that are there."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Makes the runs that are missing."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -209,16 +169,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, action="append", default=[])
     parser.add_argument("--arm", action="append", default=[])
     given = parser.parse_args(arguments)
-    done = {(row["arm"], row["seed"]) for row in read(given.out)}
+    done = {(row["arm"], row["seed"]) for row in rows_of(given.out)}
     wanted = [(a, s) for s in given.seed or SEEDS for a in given.arm or ARMS if (a, s) not in done]
     with given.out.open("a", encoding="utf-8") as file:
-        for row in in_forks(wanted, given.jobs):
-            if "accuracy" not in row:
-                print(f"{row}: no result", file=sys.stderr)
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)  # imports at first use
+        for (arm, seed), row in answers(wanted, lambda task: run(*task), given.jobs):
+            if "problem" in row:
+                print(f"{arm} {seed}: {row['problem']}", file=sys.stderr)
                 continue
-            file.write(json.dumps(row) + "\n")
+            named = {"arm": arm, "seed": seed, **row}
+            file.write(json.dumps(named) + "\n")
             file.flush()
-            show(row)
+            show(named)
     return 0
 
 
