@@ -285,12 +285,33 @@ def kept() -> str:
     )
 
 
+def by_class() -> str:
+    """What only a new start mends: that it does harm, by how much."""
+    healthy, sorted_ = _han("healthy"), _han("by-class")
+    seeds = sorted(healthy.keys() & sorted_.keys())
+    if not seeds:
+        return NOT_YET
+    worse = sum(sorted_[s]["accuracy"] < healthy[s]["accuracy"] - HAN_MARGIN for s in seeds)
+    of_each = {
+        name: _mean([of[s]["accuracy"] for s in seeds], "{:.3f}")
+        for name, of in (("random", healthy), ("by-class", sorted_))
+    }
+    return table(
+        ["order of the batches", "accuracy", "worse than the twin by more than 0.03"],
+        [
+            ["random", of_each["random"], ""],
+            ["by class", of_each["by-class"], f"{worse}/{len(seeds)}"],
+        ],
+    )
+
+
 BLOCKS: Final[Mapping[str, Callable[[], str]]] = {
     "arms": arms,
     "by-mistake": by_mistake,
     "healthy": healthy,
     "han": han,
     "kept": kept,
+    "by-class": by_class,
 }
 
 
