@@ -4,8 +4,9 @@ For each seed the same script is run as it should be, with the word attention's 
 times too high, with that and the paper's remedy (the rate of the flagged group is lowered, nothing
 else), with that and ``--repair apply``, and with its batches in the order of their classes. Beside
 accuracy on held-back documents it measures what the paper's 3.3 speaks of: the coupling of word and
-sentence attention, and how many predictions change when the word attention is disturbed. ``python -m benchmarks.repair_han`` makes what is missing of
-``benchmarks/results/repair-han.jsonl`` (an hour of CPU time).
+sentence attention, and how many predictions change when the word attention is disturbed.
+``python -m benchmarks.repair_han`` makes what is missing of ``benchmarks/results/repair-han.jsonl``
+(an hour of CPU time).
 """
 
 from __future__ import annotations
