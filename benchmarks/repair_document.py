@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from benchmarks import repair, repair_han
+from benchmarks import repair, repair_han, subject_harm
 from benchmarks.ablation_document import table
 from benchmarks.forked import rows_of
 from benchmarks.repair import ARMS, CASES, HEALTHY, RESTART, Case, Truth
@@ -286,22 +287,17 @@ def kept() -> str:
 
 
 def by_class() -> str:
-    """What only a new start mends: that it does harm, by how much."""
-    healthy, sorted_ = _han("healthy"), _han("by-class")
-    seeds = sorted(healthy.keys() & sorted_.keys())
-    if not seeds:
-        return NOT_YET
-    worse = sum(sorted_[s]["accuracy"] < healthy[s]["accuracy"] - HAN_MARGIN for s in seeds)
-    of_each = {
-        name: _mean([of[s]["accuracy"] for s in seeds], "{:.3f}")
-        for name, of in (("random", healthy), ("by-class", sorted_))
-    }
-    return table(
-        ["order of the batches", "accuracy", "worse than the twin by more than 0.03"],
-        [
-            ["random", of_each["random"], ""],
-            ["by class", of_each["by-class"], f"{worse}/{len(seeds)}"],
-        ],
+    """What only a new start mends: that it does harm, by how much (see `subject_harm`)."""
+    of = json.loads(subject_harm.SUMMARY.read_text("utf-8"))["case:han"]
+    healthy, faulty = of["healthy"], of["faults"]["batches-by-class"]
+    rows = [
+        [name, str(own["runs"]), f"{own['mean']:.3f}", f"{own['min']:.3f} to {own['max']:.3f}"]
+        for name, own in (("random", healthy), ("by class", faulty))
+    ]
+    return (
+        table(["order of the batches", "runs", "accuracy", "range"], rows)
+        + f"\n\nHarm: {faulty['harm']} (p = {faulty['p_holm']}, d = {faulty['cohen_d']}; "
+        f"the margin is {of['margin']})."
     )
 
 

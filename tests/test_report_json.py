@@ -70,6 +70,7 @@ def test_the_example_reads_as_the_contract_says():
         "measurements": 41,
         "training_s": 40.1,
         "monitoring_s": 3.2,
+        "repairing_s": 0.0,
     }
 
 
