@@ -28,8 +28,13 @@ def main() -> None:
     ]
     start = next(i for i, line in enumerate(lines) if line.startswith("faulty"))
     end = next(i for i, line in enumerate(lines) if line in LAST_SECTIONS)
-    kept = _first_finding(lines[start:end])
+    kept = _first_finding(_first_cause(lines[start:end]))
     RESULTS.write_text("\n".join(kept).rstrip() + "\n", encoding="utf-8")
+
+
+def _first_cause(page: list[str]) -> list[str]:
+    """Leaves out what is said of the second cause and further ones."""
+    return page[: next((i for i, line in enumerate(page) if line.startswith(" 2. ")), len(page))]
 
 
 def _first_finding(page: list[str]) -> list[str]:
