@@ -86,6 +86,7 @@ def test_clean_runs_are_hardly_ever_proven_harmful():
 
 @pytest.mark.alone
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_ten_configurations_made_from_scratch_have_the_committed_outcome(
     items, committed, tmp_path: Path
 ):

@@ -46,6 +46,7 @@ def test_a_mistake_is_told_and_ends_with_2(words, says):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_papers_case_is_repaired(tmp_path: Path):
     done = diagnoser("repair", "han", "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr[-2000:]

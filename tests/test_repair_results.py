@@ -1,0 +1,52 @@
+"""The committed repairs of the paper's case: whole, paired, and of the trainings they say."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import repair_han
+from benchmarks.forked import rows_of
+from benchmarks.subject_harm import SUMMARY
+from diagnoser.cases import load_case
+
+ROWS = rows_of(repair_han.RESULTS)
+ACCURACY = {
+    arm: {row["seed"]: row["accuracy"] for row in ROWS if row["arm"] == arm}
+    for arm in repair_han.ARMS
+}
+
+
+def test_every_seed_is_there_once_with_all_arms():
+    assert len({(row["arm"], row["seed"]) for row in ROWS}) == len(ROWS)
+    for arm, runs in ACCURACY.items():
+        assert sorted(runs) == list(repair_han.SEEDS), arm
+
+
+def test_the_fault_does_harm_in_every_pair_and_the_twins_are_as_the_case_says():
+    metric = load_case("han").metric
+    for seed, healthy in ACCURACY["healthy"].items():
+        assert ACCURACY["nothing"][seed] < healthy - 2 * metric.within
+    mean = sum(ACCURACY["healthy"].values()) / len(ACCURACY["healthy"])
+    assert mean == pytest.approx(metric.healthy, abs=0.01)
+
+
+@pytest.mark.parametrize("arm", ["paper", "diagnoser"])
+def test_what_nobody_repaired_is_the_faulty_run_itself(arm):
+    for row in ROWS:
+        if row["arm"] == arm and not row["kept"]:
+            assert row["accuracy"] == ACCURACY["nothing"][row["seed"]]
+
+
+def test_what_is_kept_was_tried_and_has_its_numbers():
+    for row in ROWS:
+        if row["arm"] == "diagnoser":
+            assert len(row["kept"]) <= row["attempts"]
+            assert all(kept["actions"] and "%" in kept["reason"] for kept in row["kept"])
+            assert set(row["before"]) == set(row["after"])
+
+
+def test_the_new_start_is_of_a_mistake_whose_harm_is_proven():
+    summary = json.loads(SUMMARY.read_text("utf-8"))["case:han"]["faults"]
+    assert summary["batches-by-class"]["harm"] == "proven"
