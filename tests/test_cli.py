@@ -124,22 +124,6 @@ def test_diagnose_takes_the_classifier_it_is_given(healthy_run, alarmist, capsys
     assert main([*command, "off"]) == 0
 
 
-# Bounds on time are those of a core that adds five million squares in 0.3 s (Python 3.11, 3 GHz).
-# On a slower one, or while others take its time, they grow by as much as this takes longer there.
-SQUARES = (
-    "import time; start = time.perf_counter(); sum(i * i for i in range(5_000_000)); "
-    "print(time.process_time(), time.perf_counter() - start)"
-)
-SQUARES_S = 0.3
-
-
-def slowness() -> tuple[float, float]:
-    """How much slower this machine is just now, in CPU time and on the clock; at least 1."""
-    done = subprocess.run([sys.executable, "-c", SQUARES], capture_output=True, check=True)
-    cpu_s, clock_s = map(float, done.stdout.split())
-    return max(cpu_s / SQUARES_S, 1.0), max(clock_s / SQUARES_S, 1.0)
-
-
 @pytest.mark.alone
 def test_the_classifier_that_ships_costs_less_than_three_seconds_and_no_torch(healthy_run):
     program = (
@@ -153,7 +137,7 @@ def test_the_classifier_that_ships_costs_less_than_three_seconds_and_no_torch(he
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         code, seconds, torch_too = json.loads(done.stderr.splitlines()[-1])
         assert (code, torch_too) == (0, False)
-        costs.append(seconds / slowness()[0])
+        costs.append(seconds)
     assert statistics.median(costs) < 3.0, costs
 
 
@@ -461,5 +445,5 @@ def test_diagnose_by_rules_alone_takes_little_more_than_a_second(healthy_run):
         command = [sys.executable, "-m", "diagnoser.cli", "diagnose", str(healthy_run)]
         command += ["--classifier", "off"]
         subprocess.run(command, check=True, capture_output=True, env=dict(os.environ))
-        seconds.append((time.perf_counter() - start) / slowness()[1])
+        seconds.append(time.perf_counter() - start)
     assert statistics.median(seconds) < 1.2, seconds

@@ -54,10 +54,9 @@ def test_the_papers_case_is_repaired(tmp_path: Path):
     assert told["causes"][0]["cause"] == "learning_rate_too_high"
     assert told["causes"][0]["component"] == "word_attention"
     kept = [repair for repair in told["repairs"] if repair["verdict"] == "kept"]
-    names = [{action["name"] for action in repair["step"]["actions"]} for repair in kept]
-    assert all("scale_learning_rate" in these for these in names)
-    # That alone is the paper's remedy. The weights were saturated as well.
-    assert any(these & {"roll_back", "reinitialize", "temper_attention"} for these in names)
+    names = {action["name"] for action in kept[0]["step"]["actions"]}
+    assert "scale_learning_rate" in names  # which alone is the paper's remedy
+    assert names & {"roll_back", "reinitialize"}
     metric = load_case("han").metric
     assert accuracy(done) > metric.healthy - 2 * metric.within
     assert "repairs that were tried" in done.stderr

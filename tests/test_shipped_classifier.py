@@ -18,8 +18,6 @@ from diagnoser.diagnosis import default_rules
 from diagnoser.rules import precision_of
 
 MEGABYTE = 10**6
-# Processors round otherwise, and where a solver stops depends on it: up to 1e-6 was seen.
-SOLVER = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +38,9 @@ def test_learned_again_from_what_is_kept_it_predicts_the_same(examples, tmp_path
     assert again.threshold == pytest.approx(shipped.threshold, abs=1e-9)
     for example in random.Random(0).sample(examples, 40):
         one, other = again.predict(example.vectors), shipped.predict(example.vectors)
-        assert one.faulty == pytest.approx(other.faulty, abs=SOLVER)
-        assert dict(one.causes) == pytest.approx(dict(other.causes), abs=SOLVER)
-        assert dict(one.components) == pytest.approx(dict(other.components), abs=SOLVER)
+        assert one.faulty == pytest.approx(other.faulty, abs=1e-9)
+        assert dict(one.causes) == pytest.approx(dict(other.causes), abs=1e-9)
+        assert dict(one.components) == pytest.approx(dict(other.components), abs=1e-9)
         assert [r.column for r in one.reasons] == [r.column for r in other.reasons]
 
 
