@@ -58,9 +58,13 @@ def repair_case(case: Case, fault: str | None, *, out: Path | None, strategy: St
     for finding, repair in _exposed(case, first.diagnosis.findings):
         words = command_line(case, fault, **case.restarts[repair.name])
         folder = first.directory / "restarts" / repair.name
-        attempt, remaining = _tried(case, words, folder, finding, repair, log, metric)
-        message = f"{repair.name} and a new start: {attempt.reason}"
-        add_event(first.directory, attempt.step, EVENT, message, attempt_data(attempt))
+        try:
+            attempt, remaining = _tried(case, words, folder, finding, repair, log, metric)
+            message = f"{repair.name} and a new start: {attempt.reason}"
+            add_event(first.directory, attempt.step, EVENT, message, attempt_data(attempt))
+        except (DiagnoserError, OSError) as error:  # what the first run came to is still told
+            told = f"the case could not be started again for {repair.name}: {error}"
+            return replace(first, problem=told)
         if attempt.kept:
             left = remaining
             break

@@ -161,6 +161,15 @@ def test_a_log_that_is_missing_is_told(tmp_path):
         add_event(tmp_path, 3, EVENT, "what was to be said", {})
 
 
+def test_what_the_first_run_came_to_is_told_though_a_new_start_cannot_be_written(tmp_path):
+    made = case(tmp_path, {"shuffle_batches": {"order": "random"}})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "restarts").write_text("a file")
+    outcome = repair_case(made, None, out=tmp_path / "run", strategy=PATIENT)
+    assert outcome.diagnosis.verdict == "faulty" and not outcome.repaired
+    assert "could not be started again for shuffle_batches" in outcome.problem
+
+
 @pytest.mark.slow
 def test_the_shipped_case_is_started_again(tmp_path):
     program = """
