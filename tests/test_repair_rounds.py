@@ -230,6 +230,65 @@ def test_they_do_not_where_something_is_kept_already():
     assert len(results.asked) == 3
 
 
+PATCH, ANEW = plan("scale"), plan("reinitialize")
+BOTH_CURE = ("for scale", "for reinitialize")
+AT_ONCE = {"for scale": flat(1.9, 0.01)}
+
+
+def in_vain(steps: int) -> Sequence[float]:
+    """Sinks for as long as a short trial takes."""
+    return np.where(np.arange(steps) < SHORT, sinking(steps), 2.0)
+
+
+def test_weights_on_their_way_past_what_is_worth_keeping_are_waited_for():
+    results = Results([ANEW, PATCH], {**AT_ONCE, "for reinitialize": sinking}, BOTH_CURE)
+    decision = results.drive()
+    short = [("twin", SHORT), ("for reinitialize", SHORT), ("for scale", SHORT)]
+    long = [("twin", LONGER * SHORT), ("for scale", LONGER * SHORT)]
+    assert results.asked == [*short, *long, ("for reinitialize", LONGER * SHORT)]
+    assert decision.plan is ANEW
+    assert all(a.after and a.after.steps == LONGER * SHORT for a in decision.attempts)
+
+
+def test_what_was_worth_keeping_is_kept_where_they_do_not_get_there():
+    results = Results([ANEW, PATCH], {**AT_ONCE, "for reinitialize": in_vain}, BOTH_CURE)
+    assert results.drive().plan is PATCH
+    assert len(results.asked) == 6
+
+
+def test_a_gain_that_does_not_last_beside_them_is_not_kept():
+    fading: Losses = lambda n: flat(1.9 if n == SHORT else 2.0, 0.01)(n)  # noqa: E731
+    results = Results([ANEW, PATCH], {"for scale": fading, "for reinitialize": sinking}, BOTH_CURE)
+    assert results.drive().plan is ANEW
+
+
+@pytest.mark.parametrize("anew", [flat(1.95, 0.3), lambda n: 2.5 - 0.004 * np.arange(n)])
+def test_they_are_not_waited_for_where_they_would_not_get_past(anew):
+    results = Results([ANEW, PATCH], {**AT_ONCE, "for reinitialize": anew}, BOTH_CURE)
+    assert results.drive().plan is PATCH
+    assert len(results.asked) == 3
+
+
+def test_nor_where_what_is_kept_learns_anew_itself():
+    also = Plan((Repair("roll_back", "head"),), "for roll_back", RULE.source, "head")
+    losses = {"for roll_back": flat(1.9, 0.01), "for reinitialize": sinking}
+    results = Results([ANEW, also], losses, (*BOTH_CURE, "for roll_back"))
+    assert results.drive().plan is also
+    assert len(results.asked) == 3
+
+
+def test_of_a_longer_trial_only_those_are_kept_that_were_in_it():
+    """What was worth keeping in a short trial is no match for the gain of a long one."""
+    other = plan("bb")
+    fading: Losses = lambda n: flat(1.8 if n == SHORT else 2.0, 0.01)(n)  # noqa: E731
+    losses = {"for scale": fading, "for bb": flat(1.9, 0.01), "for reinitialize": sinking}
+    cures = (*BOTH_CURE, "for bb")
+    decision = Results([ANEW, PATCH, other], losses, cures).drive()
+    assert decision.plan is ANEW
+    losses["for reinitialize"] = in_vain
+    assert Results([ANEW, PATCH, other], losses, cures).drive().plan is None
+
+
 SAVED = "it would have saved a checkpoint"
 
 

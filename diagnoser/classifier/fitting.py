@@ -309,7 +309,9 @@ def _calibrated(task: _Task, source: _Source) -> tuple[Judge, Array]:
         said = estimator.decision_function(rows[held_out][:, columns])
         score += np.bincount(task.unit[held_out], said, len(score))
     score /= np.bincount(task.unit, minlength=len(score))
-    sigmoid = LogisticRegression(C=1.0).fit(score[:, None], task.truth)
+    # Newton's method, to the end: where a search stops early the rounding of a processor shows.
+    sigmoid = LogisticRegression(C=1.0, solver="newton-cholesky", tol=1e-10)
+    sigmoid.fit(score[:, None], task.truth)
     everything = np.ones(len(task.unit), dtype=bool)
     estimator, columns = _fitted(task.rows_of(source.tables[""]), task, everything)
     judge = Judge(estimator, columns, float(sigmoid.coef_[0, 0]), float(sigmoid.intercept_[0]))

@@ -144,9 +144,9 @@ def round_of_trials(
     yield from arms.run(steps)
     if arms.problem:
         return Decision((), None, arms.problem)
-    hopeful = arms.hopeful
-    if hopeful and not arms.kept and strategy.best:
-        yield from arms.run(LONGER * steps, hopeful)
+    undecided = arms.undecided if strategy.best else []
+    if undecided:
+        yield from arms.run(LONGER * steps, undecided)
     return arms.decision()
 
 
@@ -177,6 +177,7 @@ class _Arms:
     ) -> None:
         self._situation, self._rules, self._strategy = situation, rules, strategy
         self._guarantee, self._left = guarantee, left
+        self._compared = left  # of these one is kept: those that had equally many steps
         self.results: list[_Result] = []
         self.problem = ""
 
@@ -187,7 +188,7 @@ class _Arms:
         What lies within a standard error of the largest gain is as good as that; of these the
         first that was planned comes first (the one-standard-error rule of Breiman et al., CART).
         """
-        worth = [result for result in self.results if result.judged.keep]
+        worth = [r for r in self.results if r.judged.keep and r.plan in self._compared]
         if not worth or not self._strategy.best:
             return worth
         top = min(worth, key=lambda result: _gain(result)[0])
@@ -197,25 +198,39 @@ class _Arms:
         )
 
     @property
-    def hopeful(self) -> list[Plan]:
-        """The plans whose gain may come later: of each sort the one that is expected most of.
+    def undecided(self) -> list[Plan]:
+        """The plans that a longer trial is to decide between; none where this one has.
 
-        Weights that are learned anew begin behind, and noise may hide that they catch up. The sorts
-        are those that learn the whole model, or a part of it, anew, and those that go on from where
-        the training is.
+        Where nothing is worth keeping yet, of each sort of plans whose gain may come later the one
+        that is expected most of. The sorts are those that learn the whole model, or a part of it,
+        anew, and those that go on from where the training is. Weights that are learned anew begin
+        behind: where they are on their way past what is worth keeping, that has to prove itself
+        beside them.
         """
-        waiting = [r for r in self.results if r.judged.expected < (BEHIND if r.plan.redraws else 0)]
+        kept = self.kept[0] if self.kept else None
+        waiting = [r for r in self.results if not r.judged.keep and self._may_gain(r, kept)]
         waiting.sort(key=lambda result: result.judged.expected)
         first = {
             (r.plan.redraws, r.plan.redraws and r.plan.is_local): r.plan for r in waiting[::-1]
         }
-        return [result.plan for result in waiting if result.plan in first.values()]
+        found = [result.plan for result in waiting if result.plan in first.values()]
+        return [kept.plan, *found] if kept and found else found
+
+    @staticmethod
+    def _may_gain(result: _Result, kept: _Result | None) -> bool:
+        """Whether more steps may make a repair worth keeping, or worth more than what is kept."""
+        expected = result.judged.expected
+        if kept is None:
+            return expected < (BEHIND if result.plan.redraws else 0.0)
+        rivals = result.plan.redraws and not kept.plan.redraws
+        return rivals and expected < _gain(kept)[0]
 
     def run(self, steps: int, left: Sequence[Plan] = ()) -> Generator[Trial, Ran, None]:
         """Makes the twin and the repaired continuations; the results replace earlier ones."""
+        self._compared = left or self._left
         unrepaired = yield Trial((), steps)
         twins: dict[str, Continuation] = {}  # by the finding that is looked at
-        for plan in left or self._left:
+        for plan in self._compared:
             if plan.source not in twins:
                 twins[plan.source] = self._read(unrepaired, plan, steps)
             twin = twins[plan.source]
