@@ -8,7 +8,7 @@ finished, and from the training subjects alone:
 * ``benchmarks/results/bench/examples.parquet`` and ``components.parquet``: what the classifier
   learns from, in the columns that it rests on.
 
-Without it, the last two are read; either way ``diagnoser/classifier/shipped.skops`` is learned
+Without it, the last two are read; either way ``diagnoser/classifier/shipped.npz`` is learned
 again from them, to the same predictions.
 """
 
@@ -43,7 +43,7 @@ from diagnoser.rules import save_precision
 from diagnoser.rules.ranges import save_ranges, shipped_ranges
 
 RULES: Final = Path(__file__).parents[1] / "rules"
-SHIPPED: Final = Path(diagnoser.__file__).parent / "classifier" / "shipped.skops"
+SHIPPED: Final = Path(diagnoser.__file__).parent / "classifier" / "shipped.npz"
 
 
 def main() -> None:

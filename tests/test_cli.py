@@ -111,7 +111,7 @@ def alarmist(tmp_path_factory) -> Path:
     learned = fit(made, ("loss_fall.latest",), ("update_ratio.latest",), {"runs": 120})
     # Of a run of which hardly anything is known it would not judge.
     learned = dataclasses.replace(learned, most_unfamiliar=1.0, least_known=0.0, usual=np.arange(0))
-    path = tmp_path_factory.mktemp("classifier") / "alarmist.skops"
+    path = tmp_path_factory.mktemp("classifier") / "alarmist.npz"
     save(learned, path, np.array([[0.9, np.nan]]))
     return path
 
@@ -151,13 +151,13 @@ def test_a_run_can_be_judged_by_either_alone_but_not_by_nothing(healthy_run, ala
 def test_a_classifier_that_cannot_be_used_stops_everything_before_it_starts(
     healthy_run, alarmist, tmp_path, capsys
 ):
-    other = tmp_path / "mine.skops"
+    other = tmp_path / "mine.npz"
     other.write_bytes(alarmist.read_bytes()[:-1])
     other.with_suffix(".json").write_bytes(alarmist.with_suffix(".json").read_bytes())
     script, ran = tmp_path / "script.py", tmp_path / "ran"
     script.write_text(f"open({str(ran)!r}, 'w')\n")
     for path, says in ((other, "is not the file that mine.json describes"),
-                       (tmp_path / "none.skops", "cannot be read")):  # fmt: skip
+                       (tmp_path / "none.npz", "cannot be read")):  # fmt: skip
         for command in (["diagnose", healthy_run], ["report", healthy_run], ["run", script]):
             line = refused(capsys, command[0], "--classifier", path, command[1])
             assert str(path) in line and says in line
@@ -165,10 +165,10 @@ def test_a_classifier_that_cannot_be_used_stops_everything_before_it_starts(
 
 
 def test_a_classifier_that_fails_at_the_end_leaves_a_diagnosis_that_says_so(alarmist, tmp_path):
-    other = tmp_path / "other.skops"
+    other = tmp_path / "other.npz"
     other.write_bytes(alarmist.read_bytes())
     described = json.loads(alarmist.with_suffix(".json").read_text())
-    described["check"] = [0.123] * len(described["check"])  # as of another scikit-learn
+    described["check"] = [0.123] * len(described["check"])  # as of another machine
     other.with_suffix(".json").write_text(json.dumps(described))
     model = torch.nn.Linear(3, 1)
     watched = watch(model, classifier=other, out=tmp_path / "run", verbose=False)
@@ -423,11 +423,9 @@ def test_everything_about_a_recorded_run_works_without_torch(run):
         assert done.stdout
 
 
-def test_a_classifier_without_the_library_it_needs_says_so(run):
-    done = without(["sklearn"], "diagnose", str(run))
-    assert done.returncode == 2
-    assert "needs scikit-learn and skops" in done.stderr and "--classifier off" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_the_classifier_that_ships_judges_without_the_library_it_was_learned_with(run):
+    done = without(["sklearn", "scipy"], "diagnose", str(run))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_reader_that_leaves_early_is_no_traceback(healthy_run):

@@ -34,7 +34,7 @@ def test_it_is_small_and_learned_from_the_training_subjects_alone(examples):
 
 @pytest.mark.slow
 def test_learned_again_from_what_is_kept_it_predicts_the_same(examples, tmp_path: Path):
-    again, shipped = from_examples(BENCH, tmp_path / "again.skops"), load(SHIPPED)
+    again, shipped = from_examples(BENCH, tmp_path / "again.npz"), load(SHIPPED)
     assert again.threshold == pytest.approx(shipped.threshold, abs=1e-9)
     for example in random.Random(0).sample(examples, 40):
         one, other = again.predict(example.vectors), shipped.predict(example.vectors)

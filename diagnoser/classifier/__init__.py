@@ -1,8 +1,8 @@
 """A learned judge of runs, next to the rules: verdict, causes and location, from the same features.
 
 `vectors` sums a run up, `reference` knows what is usual for each kind of component, `fitting`
-learns, `predict` judges, `saying` puts it as a finding, `store` keeps it in a file. scikit-learn is
-imported only where an estimator is made or read; no torch here.
+learns, `trees` are what was learned, `predict` judges, `saying` puts it as a finding, `store` keeps
+it in a file. scikit-learn is imported only where something is learned; no torch here.
 """
 
 from diagnoser.classifier.fitting import Example, fit, fitted_rows, to_blame

@@ -15,10 +15,10 @@ from diagnoser.classifier.predict import (
     Judge,
     component_rows,
     enough_known,
-    gains_of,
     run_row,
 )
 from diagnoser.classifier.reference import Reference, learn_reference
+from diagnoser.classifier.trees import Trees, trees_of
 from diagnoser.classifier.vectors import EXCESS, Vectors
 from diagnoser.errors import ClassifierError
 from diagnoser.table import Array
@@ -29,7 +29,7 @@ FEWEST_ORIGINS: Final = 3  # from which on one at a time is held out
 FEWEST_OF_A_CAUSE: Final = 10  # runs
 FALSE_ALARMS: Final = 0.05  # share of healthy runs that the threshold lets through
 LIKELY: Final = 0.5  # the least probability of an alarm
-BINS: Final = 63  # that a column is cut into; each is stored
+BINS: Final = 63  # that a column is cut into
 OF_ALL, OF_THE_BEST = 0.1, 0.3  # share of the columns that a split is chosen from
 LEAF: Final = (5, 40)  # rows, the fewest of a leaf
 FEWEST_LEAVES: Final = 10  # that a tree can have
@@ -152,7 +152,7 @@ def _threshold(held_out: Array, alarmed: NDArray[np.bool_], origins: NDArray[Any
 
 @dataclass(frozen=True, slots=True)
 class _Growth:
-    """How many trees an estimator has, how far each goes, and on how many columns it rests.
+    """How many trees a judge has, how far each goes, and on how many columns it rests.
 
     ``columns`` None: on all that are known.
     """
@@ -168,24 +168,25 @@ OF_LOCATION: Final = _Growth(40, 0.15)
 OF_A_CAUSE: Final = _Growth(25, 0.2, 24)
 
 
-def _estimator(rows: int, growth: _Growth, share: float) -> Any:
-    """Returns what learns from so many rows, each split from a share of the columns.
+def _grown(rows: Array, truth: NDArray[np.bool_], growth: _Growth, share: float) -> Trees:
+    """Returns trees that learned from rows, each split from a share of the columns.
 
     A leaf is never the oddities of one configuration.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
 
-    return HistGradientBoostingClassifier(
+    estimator = HistGradientBoostingClassifier(
         learning_rate=growth.rate,
         max_iter=growth.trees,
         max_leaf_nodes=8,
-        min_samples_leaf=max(LEAF[0], min(rows // FEWEST_LEAVES, LEAF[1])),
+        min_samples_leaf=max(LEAF[0], min(len(rows) // FEWEST_LEAVES, LEAF[1])),
         l2_regularization=1.0,
         max_features=share,
         max_bins=BINS,
         early_stopping=False,
         random_state=SEED,
     )
+    return trees_of(estimator.fit(rows, truth), rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -294,7 +295,7 @@ class _Task:
 
 
 def _calibrated(task: _Task, source: _Source) -> tuple[Judge, Array]:
-    """Fits an estimator on all rows, and a sigmoid on what it says of units held out.
+    """Grows trees on all rows, and fits a sigmoid on what they say of units held out.
 
     Returns:
         The judge, and the calibrated probability of each unit while it was held out.
@@ -304,32 +305,32 @@ def _calibrated(task: _Task, source: _Source) -> tuple[Judge, Array]:
     score = np.zeros(len(task.truth))
     for learn, test, table in source.folds(task.runs, task.truth):
         rows = task.rows_of(table)
-        estimator, columns = _fitted(rows, task, np.isin(task.unit, learn))
+        trees, columns = _fitted(rows, task, np.isin(task.unit, learn))
         held_out = np.isin(task.unit, test)
-        said = estimator.decision_function(rows[held_out][:, columns])
+        said = trees.score(rows[held_out][:, columns])
         score += np.bincount(task.unit[held_out], said, len(score))
     score /= np.bincount(task.unit, minlength=len(score))
     # Newton's method, to the end: where a search stops early the rounding of a processor shows.
     sigmoid = LogisticRegression(C=1.0, solver="newton-cholesky", tol=1e-10)
     sigmoid.fit(score[:, None], task.truth)
     everything = np.ones(len(task.unit), dtype=bool)
-    estimator, columns = _fitted(task.rows_of(source.tables[""]), task, everything)
-    judge = Judge(estimator, columns, float(sigmoid.coef_[0, 0]), float(sigmoid.intercept_[0]))
+    trees, columns = _fitted(task.rows_of(source.tables[""]), task, everything)
+    judge = Judge(trees, columns, float(sigmoid.coef_[0, 0]), float(sigmoid.intercept_[0]))
     return judge, np.asarray(sigmoid.predict_proba(score[:, None])[:, 1])
 
 
-def _fitted(rows: Array, task: _Task, chosen: NDArray[np.bool_]) -> tuple[Any, NDArray[np.int64]]:
+def _fitted(rows: Array, task: _Task, chosen: NDArray[np.bool_]) -> tuple[Trees, NDArray[np.int64]]:
     """Fits on the columns that are known of at least two rows; on the best, if no more may be."""
     learned = chosen & task.learned
     own, truth = rows[learned], task.truth[task.unit[learned]]
     columns = np.flatnonzero((~np.isnan(own)).sum(axis=0) >= 2)
-    estimator = _estimator(len(own), task.growth, OF_ALL).fit(own[:, columns], truth)
-    most, gains = task.growth.columns, gains_of(estimator)
+    trees = _grown(own[:, columns], truth, task.growth, OF_ALL)
+    most, gains = task.growth.columns, trees.gains()
     if most is not None and most < len(columns) and gains:
         best = sorted(gains, key=lambda i: (-gains[i], i))[:most]
         columns = columns[np.sort(np.array(best, dtype=int))]
-        estimator = _estimator(len(own), task.growth, OF_THE_BEST).fit(own[:, columns], truth)
-    return estimator, columns
+        trees = _grown(own[:, columns], truth, task.growth, OF_THE_BEST)
+    return trees, columns
 
 
 def _fit_verdict(
@@ -345,7 +346,7 @@ def _fit_verdict(
 def _fit_causes(
     examples: Sequence[Example], moments: Sequence[_Moment], source: _Source
 ) -> dict[str, Judge]:
-    """One estimator a cause, among faulty runs: several can hold at once."""
+    """One judge a cause, among faulty runs: several can hold at once."""
     runs = [i for i, example in enumerate(examples) if example.faulty]
     rows = [k for k, moment in enumerate(moments) if examples[moment.run].faulty]
     unit = np.searchsorted(runs, [moments[k].run for k in rows])
@@ -368,7 +369,7 @@ def _fit_causes(
 def _fit_location(
     examples: Sequence[Example], moments: Sequence[_Moment], source: _Source
 ) -> Judge:
-    """One estimator over components: is it one of those to blame?"""
+    """One judge over components: is it one of those to blame?"""
     # Of a fault of the whole model no component is to blame, and none is acquitted.
     asked = [i for i, e in enumerate(examples) if not e.faulty or e.components]
     names = {i: examples[i].vectors.names for i in asked}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagnoser.classifier.reference import Reference
+from diagnoser.classifier.trees import Trees
 from diagnoser.classifier.vectors import EXCESS, Vectors, matrix
 from diagnoser.table import Array
 from diagnoser.vocabulary import MODEL
@@ -61,18 +61,16 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """An estimator on some columns of its rows, and the sigmoid that calibrates it (Platt 1999)."""
+    """Trees on some columns of its rows, and the sigmoid that calibrates them (Platt 1999)."""
 
-    estimator: Any
+    trees: Trees
     columns: NDArray[np.int64]
     slope: float
     intercept: float
 
     def score(self, rows: Array) -> Array:
-        """Returns what the estimator says of rows (rows, columns), (rows,); any number."""
-        if not len(rows):
-            return np.empty(0)
-        return np.asarray(self.estimator.decision_function(rows[:, self.columns]))
+        """Returns what the trees say of rows (rows, columns), (rows,); any number."""
+        return self.trees.score(rows[:, self.columns])
 
     def calibrated(self, score: Array) -> Array:
         """Returns the probability that a score, or the mean of several, stands for."""
@@ -84,12 +82,12 @@ class Judge:
 
     def gains(self) -> dict[int, float]:
         """Returns, by column, the share of the gain of all splits that are on it."""
-        return {int(self.columns[i]): gain for i, gain in gains_of(self.estimator).items()}
+        return {int(self.columns[i]): gain for i, gain in self.trees.gains().items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """Learned estimators and what they need to read a run.
+    """Learned judges and what they need to read a run.
 
     ``run_columns`` are of `Vectors.run` and then of the reference's excess over components,
     ``middle`` (columns,) their healthy medians, ``range`` (2, columns) the lowest and highest that
@@ -115,10 +113,6 @@ class Classifier:
 
         What moved the verdict takes most of the time, and can be left out.
         """
-        with one_thread():
-            return self._predict(of, explain=explain)
-
-    def _predict(self, of: Vectors, *, explain: bool) -> Prediction:
         moments = (*of.earlier, of)
         excess = [self.reference.excess(moment) for moment in moments]
         rows = np.array(
@@ -182,36 +176,12 @@ class Classifier:
         )
 
 
-def one_thread() -> AbstractContextManager[Any]:
-    """Keeps estimators to one thread for a while.
-
-    There is little to do for each of hundreds of trees; where other processes have the cores, the
-    threads wait for each other most of the time, and that takes seconds of computing.
-    """
-    from threadpoolctl import threadpool_limits
-
-    limited: AbstractContextManager[Any] = threadpool_limits(limits=1, user_api="openmp")
-    return limited
-
-
 def _is_of_task(column: str) -> bool:
     return column.startswith(TASK)
 
 
 def _of_components(columns: Sequence[str]) -> int:
     return sum(name.startswith(EXCESS) for name in columns)
-
-
-def gains_of(estimator: Any) -> dict[int, float]:
-    """Returns, by feature of an estimator, the share of the gain of all splits that are on it."""
-    total: dict[int, float] = {}
-    # scikit-learn keeps what its trees gained where no public name leads to.
-    for (tree,) in estimator._predictors:
-        for node in tree.nodes[~tree.nodes["is_leaf"].astype(bool)]:
-            feature = int(node["feature_idx"])
-            total[feature] = total.get(feature, 0.0) + float(node["gain"])
-    whole = sum(total.values())
-    return {feature: gain / whole for feature, gain in total.items()}
 
 
 def enough_known(rows: Array, least: float) -> NDArray[np.bool_]:

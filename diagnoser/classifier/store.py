@@ -1,52 +1,37 @@
-"""A classifier as a file: no pickle, a fixed list of types, a digest, a schema, a self-check.
+"""A classifier as a file: arrays and names, nothing that runs; a digest, a schema, a self-check.
 
-``NAME.skops`` holds the estimators and numbers (https://skops.readthedocs.io: a zip of JSON and
-arrays, built only from types that are allowed here), ``NAME.json`` beside it what it is: schema,
-digest, versions, and the probabilities that a few rows must get, so that another version of
-scikit-learn that reads the file differently is noticed.
+``NAME.npz`` holds trees and numbers (NumPy's archive of arrays, read without pickle), ``NAME.json``
+beside it what it is: schema, digest, what made it, and the probabilities that a few rows must get.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import importlib
+import io
 import json
-import sys
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
-from diagnoser.classifier.predict import Classifier, Judge, one_thread
+from diagnoser.classifier.predict import Classifier, Judge
 from diagnoser.classifier.reference import Reference
+from diagnoser.classifier.trees import Trees
 from diagnoser.errors import ClassifierError
 
-SCHEMA: Final = "diagnoser.classifier/1"
-PLAIN: Final = ("bool", "dict", "float", "int", "list", "str", "tuple")
-ALLOWED: Final = frozenset(
-    {
-        "numpy.random.PCG64",
-        "numpy.uint64",
-        "sklearn._loss.link.Interval",
-        "sklearn._loss.link.LogitLink",
-        "sklearn._loss.loss.HalfBinomialLoss",
-        "sklearn.ensemble._hist_gradient_boosting.binning._BinMapper",
-        "sklearn.ensemble._hist_gradient_boosting.gradient_boosting.HistGradientBoostingClassifier",
-        "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
-        "sklearn.preprocessing._label.LabelEncoder",
-    }
-)
+SCHEMA: Final = "diagnoser.classifier/2"
 CHECK_ROWS: Final = 8
-SHIPPED: Final = "shipped.skops"
+SHIPPED: Final = "shipped.npz"
 REBUILD: Final = "learn it again from the benchmark's runs"
 
+Arrays = Mapping[str, NDArray[Any]]
 
-def save(classifier: Classifier, path: Path, rows: np.ndarray[Any, Any]) -> None:
-    """Writes ``path`` (.skops) and the description beside it.
+
+def save(classifier: Classifier, path: Path, rows: NDArray[Any]) -> None:
+    """Writes ``path`` (.npz) and the description beside it.
 
     Args:
         classifier: What to write.
@@ -54,53 +39,43 @@ def save(classifier: Classifier, path: Path, rows: np.ndarray[Any, Any]) -> None
         rows: Some rows that it was fitted on, (rows, run columns): the first ones are what a reader
             checks itself with.
     """
-    io = _skops_io()
-    from sklearn import __version__ as sklearn_version
-
-    _store_once([classifier.verdict, classifier.location, *classifier.causes.values()])
-    content = {
-        "run_columns": list(classifier.run_columns),
-        "reference_columns": list(classifier.reference.columns),
-        "reference_middle": dict(classifier.reference.middle),
-        "reference_spread": dict(classifier.reference.spread),
+    reference = classifier.reference
+    judges = {"verdict": classifier.verdict, "location": classifier.location}
+    judges |= {f"cause.{name}": judge for name, judge in classifier.causes.items()}
+    names = {
+        "run_columns": classifier.run_columns,
+        "reference_columns": reference.columns,
+        "kinds": list(reference.middle),
+        "causes": list(classifier.causes),
+        "fault_of": dict(classifier.fault_of),
+        "numbers": {
+            "threshold": classifier.threshold,
+            "most_unfamiliar": classifier.most_unfamiliar,
+            "least_known": classifier.least_known,
+        },
+    }
+    arrays: dict[str, NDArray[Any]] = {
+        "names": np.frombuffer(json.dumps(names).encode(), dtype=np.uint8),
+        "reference_middle": np.array(list(reference.middle.values())),
+        "reference_spread": np.array([reference.spread[kind] for kind in reference.middle]),
         "middle": classifier.middle,
         "range": classifier.range,
-        "verdict": _of_judge(classifier.verdict),
-        "causes": {name: _of_judge(judge) for name, judge in classifier.causes.items()},
-        "location": _of_judge(classifier.location),
-        "fault_of": dict(classifier.fault_of),
-        "threshold": classifier.threshold,
-        "most_unfamiliar": classifier.most_unfamiliar,
-        "least_known": classifier.least_known,
         "usual": classifier.usual,
-        "check_rows": np.ascontiguousarray(rows[:CHECK_ROWS]),
+        "check_rows": rows[:CHECK_ROWS],
     }
-    data = io.dumps(content, compression=zipfile.ZIP_DEFLATED, compresslevel=9)
-    expected = classifier.verdict.probability(rows[:CHECK_ROWS])
+    for name, judge in judges.items():
+        arrays |= {f"{name}.{part}": array for part, array in _of_judge(judge).items()}
+    data = io.BytesIO()
+    np.savez_compressed(data, allow_pickle=False, **arrays)
     description = {
         "schema": SCHEMA,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "scikit_learn": sklearn_version,
-        "check": expected.tolist(),
+        "sha256": hashlib.sha256(data.getvalue()).hexdigest(),
+        "scikit_learn": version("scikit-learn"),
+        "check": classifier.verdict.probability(rows[:CHECK_ROWS]).tolist(),
         "about": dict(classifier.about),
     }
-    _replace(path, data)
+    _replace(path, data.getvalue())
     _replace(_description_of(path), (json.dumps(description, indent=1) + "\n").encode())
-
-
-def _store_once(judges: Iterable[Judge]) -> None:
-    """Makes trees share what is the same in all: two empty tables of categories a tree.
-
-    An array that many share is one entry of the file; without that half of its entries would be
-    empty, and a third of the time of reading it.
-    """
-    known: dict[tuple[Any, ...], np.ndarray[Any, Any]] = {}
-    for judge in judges:
-        for (tree,) in judge.estimator._predictors:
-            for name in ("binned_left_cat_bitsets", "raw_left_cat_bitsets"):
-                own = getattr(tree, name)
-                key = (own.shape, own.dtype.str, own.tobytes())
-                setattr(tree, name, known.setdefault(key, own))
 
 
 def shipped_classifier() -> Path | None:
@@ -122,96 +97,25 @@ def load(path: Path) -> Classifier:
     """Reads a classifier.
 
     Raises:
-        ClassifierError: No such file, another schema, a digest that does not fit, a type that is
-            not allowed, numbers that the installed scikit-learn reads differently, or none at all.
+        ClassifierError: No such file, another schema, a digest that does not fit, an archive that
+            is damaged, holds anything but arrays, or lacks one; or it predicts otherwise here.
     """
     data, description = _read(path)
     try:
-        io = _skops_io()
-    except ImportError as error:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        classifier = _classifier(arrays, description["about"])
+        found = classifier.verdict.probability(arrays["check_rows"])
+        expected = np.asarray(description["check"], dtype=np.float64)
+    except Exception as error:  # a damaged archive fails in many ways
         raise ClassifierError(
-            f"{path}: needs scikit-learn and skops, and they cannot be imported ({error}); install "
-            "them, or judge by rules alone (--classifier off)"
+            f"{path}: cannot be read ({type(error).__name__}: {error}); {REBUILD}"
         ) from error
-    try:
-        content = io.loads(data, trusted=sorted(ALLOWED))
-        classifier = _classifier(content, description["about"])
-        with one_thread():
-            found = classifier.verdict.probability(content["check_rows"])
-    except Exception as error:  # a damaged archive, or an estimator of another version: many ways
-        _refuse(io, data, path)
-        made_with = description.get("scikit_learn")
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=0, atol=1e-9):
         raise ClassifierError(
-            f"{path}: made with scikit-learn {made_with}, it does not work with the installed one "
-            f"({type(error).__name__}: {error}); {REBUILD}"
-        ) from error
-    if not np.allclose(found, description["check"], rtol=0, atol=1e-9):
-        raise ClassifierError(
-            f"{path}: made with scikit-learn {description.get('scikit_learn')}, it predicts "
-            f"otherwise with the installed one; {REBUILD}"
+            f"{path}: it predicts otherwise here than where it was made; {REBUILD}"
         )
     return classifier
-
-
-def _refuse(io: Any, data: bytes, path: Path) -> None:
-    """Says what is wrong with a file as a file, if anything is.
-
-    `io.loads` refuses the same; asking it first would take as long as reading the file.
-    """
-    try:
-        untrusted = io.get_untrusted_types(data=data)
-    except Exception as error:  # a damaged archive fails in many ways
-        raise ClassifierError(f"{path}: cannot be read ({error}); {REBUILD}") from error
-    forbidden = sorted(set(untrusted) - ALLOWED)
-    if forbidden:
-        raise ClassifierError(
-            f"{path}: holds {forbidden[0]}, which is not allowed there; {REBUILD}"
-        )
-
-
-@functools.cache
-def _skops_io() -> Any:
-    """Imports a skops of our own, that trusts plain values and what is in ``ALLOWED``, no more.
-
-    It would trust all estimators, losses and functions of three libraries, and import most of them,
-    wrappers of torch and pytest to list them. Of pandas scikit-learn asks the version when it reads
-    a kind of data file; until then a stand-in will do. Whoever else uses skops gets theirs.
-    """
-    theirs = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_skops(name)}
-    sys.modules["skops.io._trusted_types"] = _Trusted("skops.io._trusted_types")
-    if stand_in := "pandas" not in sys.modules:
-        sys.modules["pandas"] = _Later("pandas")
-    try:
-        return importlib.import_module("skops.io")
-    finally:
-        if stand_in:
-            del sys.modules["pandas"]
-        for name in [name for name in sys.modules if _is_skops(name)]:
-            del sys.modules[name]
-        sys.modules.update(theirs)
-
-
-def _is_skops(name: str) -> bool:
-    return name == "skops" or name.startswith("skops.")
-
-
-class _Trusted(ModuleType):
-    """The lists of types that skops trusts by itself: plain values, and none of any library."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        plain = name in ("PRIMITIVE_TYPE_NAMES", "CONTAINER_TYPE_NAMES")
-        return [f"builtins.{each}" for each in PLAIN] if plain else []
-
-
-class _Later(ModuleType):
-    """A module that has nothing while it stands in for another; later it has what that one has."""
-
-    def __getattr__(self, name: str) -> Any:
-        if sys.modules.get(self.__name__) is self:
-            raise AttributeError(name)
-        return getattr(importlib.import_module(self.__name__), name)
 
 
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
@@ -229,35 +133,55 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     return data, description
 
 
-def _classifier(content: dict[str, Any], about: dict[str, Any]) -> Classifier:
+def _classifier(arrays: Arrays, about: Mapping[str, Any]) -> Classifier:
+    """Builds a classifier of what a file holds; any error says that it does not fit together."""
+    names = json.loads(arrays["names"].tobytes())
+    columns, own = tuple(names["run_columns"]), tuple(names["reference_columns"])
+    kinds, shape = names["kinds"], (len(names["kinds"]), len(own))
+    for name, expected in (
+        ("reference_middle", shape),
+        ("reference_spread", shape),
+        ("middle", (len(columns),)),
+        ("range", (2, len(columns))),
+    ):
+        if arrays[name].shape != expected:
+            raise ValueError(f"{name} is {arrays[name].shape}, not {expected}")
     return Classifier(
-        run_columns=tuple(content["run_columns"]),
+        run_columns=columns,
         reference=Reference(
-            tuple(content["reference_columns"]),
-            content["reference_middle"],
-            content["reference_spread"],
+            own,
+            dict(zip(kinds, arrays["reference_middle"], strict=True)),
+            dict(zip(kinds, arrays["reference_spread"], strict=True)),
         ),
-        middle=content["middle"],
-        range=content["range"],
-        verdict=Judge(**content["verdict"]),
-        causes={name: Judge(**judge) for name, judge in content["causes"].items()},
-        location=Judge(**content["location"]),
-        fault_of=content["fault_of"],
-        threshold=content["threshold"],
-        most_unfamiliar=content["most_unfamiliar"],
-        least_known=content["least_known"],
-        usual=content["usual"],
+        middle=arrays["middle"],
+        range=arrays["range"],
+        verdict=_judge(arrays, "verdict", len(columns)),
+        causes={name: _judge(arrays, f"cause.{name}", len(columns)) for name in names["causes"]},
+        location=_judge(arrays, "location", 2 * len(own)),  # see `component_rows`
+        fault_of=names["fault_of"],
+        usual=arrays["usual"],
         about=about,
+        **{name: float(number) for name, number in names["numbers"].items()},
     )
 
 
-def _of_judge(judge: Judge) -> dict[str, Any]:
+def _of_judge(judge: Judge) -> dict[str, NDArray[Any]]:
     return {
-        "estimator": judge.estimator,
+        "nodes": judge.trees.nodes,
+        "roots": judge.trees.roots,
         "columns": judge.columns,
-        "slope": judge.slope,
-        "intercept": judge.intercept,
+        "numbers": np.array([judge.trees.base, judge.slope, judge.intercept]),
     }
+
+
+def _judge(arrays: Arrays, name: str, columns: int) -> Judge:
+    chosen = arrays[f"{name}.columns"]
+    if len(chosen) and not (chosen.min() >= 0 and chosen.max() < columns):
+        raise ValueError(f"{name} rests on a column that is not there")
+    base, slope, intercept = arrays[f"{name}.numbers"].tolist()
+    trees = Trees(arrays[f"{name}.nodes"], arrays[f"{name}.roots"], base)
+    trees.check(len(chosen))
+    return Judge(trees, chosen, slope, intercept)
 
 
 def _description_of(path: Path) -> Path:
