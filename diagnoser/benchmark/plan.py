@@ -55,7 +55,7 @@ SIZES: Mapping[str, Size] = {
         Size(
             "smoke",
             subjects=("vit", "series"),
-            operators=("O1", "Q2", "S5", "D1"),
+            operators=("O1", "Q2", "D1"),
             steps=100,
             recipes=1,
             controls=False,
