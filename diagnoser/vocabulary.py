@@ -90,7 +90,7 @@ REPAIRS: Final[dict[str, str]] = {
     "scale_learning_rate": "multiply the learning rate",
     "clip_gradient": "clip the gradient norm",
     "add_warmup": "raise the learning rate gradually over the first steps",
-    "change_betas": "change the optimizer's averaging factors",
+    "change_betas": "change the optimizer's averaging factors or its epsilon",
     "reset_optimizer_state": "clear the optimizer's running averages",
     "reinitialize": "draw the component's weights anew",
     "temper_attention": "scale the attention logits down",

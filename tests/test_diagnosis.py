@@ -17,6 +17,7 @@ from made_recordings import Components, Series, made_recording
 from diagnoser.classifier import Classifier
 from diagnoser.classifier.predict import Judge
 from diagnoser.classifier.reference import Reference
+from diagnoser.classifier.trees import NODE, Trees
 from diagnoser.diagnosis import default_rules, diagnose
 from diagnoser.features import CATALOGUE
 from diagnoser.report import diagnosis_to_json
@@ -448,21 +449,13 @@ def test_only_those_that_a_rule_is_about_are_said_to_be_unknown(tmp_path: Path) 
 # -- a learned judge beside the rules --------------------------------------------------------------
 
 
-class Scored:
-    """An estimator that says the same of every row."""
-
-    def __init__(self, score: float) -> None:
-        self.score = score
-
-    def decision_function(self, rows: np.ndarray) -> np.ndarray:
-        return np.full(len(rows), self.score)
-
-
 def learned(faulty: float, causes: Mapping[str, float], located: float = 0.1) -> Classifier:
     """A classifier that gives these probabilities whatever it sees."""
 
     def judge(probability: float) -> Judge:
-        return Judge(Scored(math.log(probability / (1 - probability))), np.arange(1), 1.0, 0.0)
+        leaf = np.zeros(1, dtype=NODE)
+        says = Trees(leaf, np.zeros(1, dtype=int), math.log(probability / (1 - probability)))
+        return Judge(says, np.arange(1), 1.0, 0.0)
 
     columns = ("loss_fall.latest",)
     known = {"": np.zeros(1)}

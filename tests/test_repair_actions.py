@@ -464,6 +464,53 @@ def test_attention_logits_are_multiplied_by_the_factor(kind, component, touched,
         assert torch.equal(now[same], then[same])
 
 
+STEPPED = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
+    "sgd with momentum and decay": lambda p: torch.optim.SGD(
+        p, lr=0.05, momentum=0.9, weight_decay=0.1
+    ),
+    "adam with decay": lambda p: torch.optim.Adam(p, lr=0.02, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=0.02, amsgrad=True),
+    "a large epsilon": lambda p: torch.optim.Adam(p, lr=0.02, eps=0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
+}
+
+
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("factor", [0.01, 3.0])
+@pytest.mark.parametrize("made", STEPPED.values(), ids=STEPPED.keys())
+def test_tempered_weights_learn_as_if_the_scale_in_the_program_had_been_changed(
+    made, factor, clipped
+):
+    """That is: the same logits, after as many steps, and gradients of the same size all the way."""
+
+    def trained(scale: float, *, tempered: bool) -> tuple[Tensor, list[float]]:
+        torch.manual_seed(0)
+        model = Separate().double()
+        states, wanted = torch.randn(2, 4, 6, 8, dtype=torch.float64)
+        optimizer = made(model.parameters())
+        if tempered:
+            live = Live({"model": model}, [optimizer])
+            apply(live, [Repair("temper_attention", "attention", {"factor": factor})])
+        norms = []
+        for _ in range(12):
+            optimizer.zero_grad()
+            scores = (scale * model.logits(states)).softmax(-1)
+            made_of = model.attention.out_proj(scores @ model.attention.v_proj(states))
+            F.mse_loss(made_of, wanted).backward()
+            most = 0.05 if clipped else math.inf
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), most).item())
+            optimizer.step()
+        return scale * model.logits(states).detach(), norms
+
+    (mine, my_norms), (theirs, their_norms) = (
+        trained(1.0 / factor, tempered=True), trained(1.0, tempered=False)
+    )  # fmt: skip
+    torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
+    assert my_norms == pytest.approx(their_norms, rel=1e-7)
+
+
 @pytest.mark.parametrize("factor", [0.0, -1.0, math.inf, math.nan])
 def test_no_factor_at_all_is_refused(factor):
     with pytest.raises(RepairError, match="is no positive number"):
@@ -683,7 +730,7 @@ def test_without_a_healthy_state_there_is_nothing_to_go_back_to():
         ),
         (
             Repair("change_betas", "head", {"beta3": 0.1, "beta2": 0.9}),
-            "change_betas takes beta1, beta2, not beta3",
+            "change_betas takes beta1, beta2, eps, not beta3",
         ),
         (Repair("unfreeze", "head", {"component": "gru"}), "unfreeze takes no parameters, not .*"),
         (Repair("reinitialize", "nowhere"), "no component nowhere; there are .* and more"),

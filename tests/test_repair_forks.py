@@ -684,6 +684,13 @@ def test_a_rate_far_too_high_is_lowered_and_the_script_s_schedule_sees_its_own(t
 # -- what cannot be forked -------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def _threads_of_this_test(monkeypatch):
+    """Threads that other tests of this process left behind are none of a training's."""
+    others, every = set(threading.enumerate()) - {threading.main_thread()}, threading.enumerate
+    monkeypatch.setattr(threading, "enumerate", lambda: [t for t in every() if t not in others])
+
+
 @pytest.fixture
 def live() -> Live:
     model = nn.Linear(2, 2)

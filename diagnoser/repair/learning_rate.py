@@ -41,23 +41,30 @@ def scale_learning_rate(live: Live, component: str, factor: float) -> Undo:
 def step_along(live: Live, tensors: Sequence[Tensor], factor: float) -> Undo:
     """Has parameters that were multiplied by ``factor`` go on as what they were would have.
 
-    With W' = factor W and the same loss of both, a step of W by ``-rate g`` is one of W' by
-    ``-factor**2 rate g'``; an optimizer that divides gradients by their own size, as all with an
-    epsilon do, needs the factor once.
+    With W' = factor W and the same loss of both, the gradient of W is factor times that of W': the
+    script sees that one, so that what clips or logs gradients, and what averages them, is not out
+    of proportion; a step of W is one of W' times factor, and decay does not change with it.
     """
     wanted = {id(tensor) for tensor in tensors}
 
     def options(group: Options) -> Options:
-        power = 1 if "eps" in group else 2
-        return {"lr": group["lr"] * factor**power} if group.get("lr") is not None else {}
+        if group.get("lr") is None:
+            return {}
+        decay = group.get("weight_decay")
+        slower = {"weight_decay": decay / factor} if decay else {}
+        return {"lr": group["lr"] * factor, **slower}
 
-    optimizers = {id(o): o for t in tensors if (o := live.optimizer_of(t)) is not None}
-    undo = [
-        adjust(optimizer, Adjustment(wanted, options))
-        for optimizer in optimizers.values()
-        if not isinstance(optimizer, torch.optim.LBFGS)  # its step has one rate for all
+    steppers = [(tensor, live.optimizer_of(tensor)) for tensor in tensors]
+    # The step of LBFGS has one rate for all, and a gradient that fits its loss.
+    stepped = [(t, o) for t, o in steppers if not (o is None or isinstance(o, torch.optim.LBFGS))]
+    hooks = [
+        tensor.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
+        for tensor, _ in stepped
+        if tensor.requires_grad
     ]
-    return _all_of(undo)
+    optimizers = {id(optimizer): optimizer for _, optimizer in stepped}
+    undo = [adjust(optimizer, Adjustment(wanted, options)) for optimizer in optimizers.values()]
+    return _all_of([*undo, *(hook.remove for hook in hooks)])
 
 
 def add_warmup(live: Live, component: str, steps: float) -> Undo:
@@ -87,18 +94,25 @@ def add_warmup(live: Live, component: str, steps: float) -> Undo:
 
 
 def change_betas(
-    live: Live, component: str, beta1: float | None = None, beta2: float | None = None
+    live: Live,
+    component: str,
+    beta1: float | None = None,
+    beta2: float | None = None,
+    eps: float | None = None,
 ) -> Undo:
-    """Gives Adam and its kin other averaging factors in every step from now on.
+    """Gives Adam and its kin other averaging factors, or another epsilon, from now on.
 
     Raises:
-        RepairError: Its optimizer has none, one of them is not in [0, 1), or none is given.
+        RepairError: Its optimizer has none, one of them is not in [0, 1), epsilon is no positive
+            number, or none is given.
     """
-    if beta1 is None and beta2 is None:
-        raise RepairError("change_betas: give beta1, beta2 or both")
+    if beta1 is None and beta2 is None and eps is None:
+        raise RepairError("change_betas: give beta1, beta2 or both, or eps")
     for beta in (beta1, beta2):
         if beta is not None and not 0.0 <= beta < 1.0:
             raise RepairError(f"change_betas: {beta} is not in [0, 1)")
+    if eps is not None and not (math.isfinite(eps) and eps > 0):
+        raise RepairError(f"change_betas: eps {eps} is no positive number")
     optimizers = _stepping(live, component, "change_betas", "betas")
 
     def options(group: Options) -> Options:
@@ -106,7 +120,7 @@ def change_betas(
             return {}
         first, second, *more = group["betas"]
         changed = (first if beta1 is None else beta1, second if beta2 is None else beta2, *more)
-        return {"betas": changed}
+        return {"betas": changed, **({} if eps is None else {"eps": eps})}
 
     return _adjust(live, component, optimizers, lambda which: Adjustment(which, options))
 

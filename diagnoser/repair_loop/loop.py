@@ -187,8 +187,10 @@ class _Arms:
 
         What lies within a standard error of the largest gain is as good as that; of these the
         first that was planned comes first (the one-standard-error rule of Breiman et al., CART).
+        Spare plans are for where there is nothing else.
         """
         worth = [r for r in self.results if r.judged.keep and r.plan in self._compared]
+        worth = [r for r in worth if not r.plan.spare] or worth
         if not worth or not self._strategy.best:
             return worth
         top = min(worth, key=lambda result: _gain(result)[0])
@@ -205,7 +207,7 @@ class _Arms:
         that is expected most of. The sorts are those that learn the whole model, or a part of it,
         anew, and those that go on from where the training is. Weights that are learned anew begin
         behind: where they are on their way past what is worth keeping, that has to prove itself
-        beside them.
+        beside them, and so has a spare plan beside any other that may gain.
         """
         kept = self.kept[0] if self.kept else None
         waiting = [r for r in self.results if not r.judged.keep and self._may_gain(r, kept)]
@@ -222,6 +224,8 @@ class _Arms:
         expected = result.judged.expected
         if kept is None:
             return expected < (BEHIND if result.plan.redraws else 0.0)
+        if kept.plan.spare and not result.plan.spare:
+            return expected < 0.0
         rivals = result.plan.redraws and not kept.plan.redraws
         return rivals and expected < _gain(kept)[0]
 

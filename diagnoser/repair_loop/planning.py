@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -22,6 +22,7 @@ from diagnoser.vocabulary import MODEL
 
 MOST_PLANS: Final = 6  # of one round of trials
 FIRST_TURN: Final = 2  # of these are for the first finding, before all others have a turn
+EARLY: Final = 20  # steps that are little to make again
 LARGE: Final = 3.0  # times the median matrix: weights that were drawn too large
 # What goes before a learning rate is lowered: weights that it has carried away.
 _FIRST: Final = ("roll_back", "reinitialize", "temper_attention", "reset_optimizer_state")
@@ -33,6 +34,7 @@ _MOST: Final = 1000.0
 _WIDER: Final = 3.0  # the same plan once more with this much less, or more
 _STRONGER: Final = 0.1
 _SMALLER: Final = 0.1
+_TO_THE_START: Final = Repair("roll_back", MODEL, {"to": "start"})
 _ALIKE: Final = 1.5  # times: numbers that are less apart make the same action
 _OF_THE_PROGRAM: Final = ("dead_component", "program_defect")  # no smaller step mends these
 _OF_CAUSE: Final[Mapping[str, tuple[str, ...]]] = {
@@ -48,12 +50,17 @@ _OF_CAUSE: Final[Mapping[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Actions that are tried together; ``source`` is the finding's that asks for them."""
+    """Actions that are tried together; ``source`` is the finding's that asks for them.
+
+    ``spare``: kept only where no other plan is worth it. In a trial of some steps other learning
+    rates than are needed win too easily (the short-horizon bias of Wu et al. 2018, 1803.02021).
+    """
 
     actions: tuple[Repair, ...]
     derivation: str
     source: str
     component: str
+    spare: bool = False
 
     @property
     def key(self) -> tuple[tuple[str, str, tuple[tuple[str, object], ...]], ...]:
@@ -150,8 +157,13 @@ def plans(situation: Situation) -> tuple[Plan, ...]:
     likely, rest = first[:FIRST_TURN], first[FIRST_TURN:]
     first_finding = next(iter(by_rule.values()))[0]
     large = _drawn_too_large(first_finding, situation)
-    general = [] if first_finding.fault in _OF_THE_PROGRAM else [_in_general(first_finding)]
-    found = {plan.key: plan for plan in (*likely, *large)}
+    program = first_finding.fault in _OF_THE_PROGRAM
+    general = [] if program else [_in_general(first_finding, situation)]
+    is_early = situation.step < EARLY and (
+        is_of_the_start(first_finding) or first_finding.source.startswith("check:")
+    )
+    anew = _from_the_start(likely[:1], situation) if is_early else []
+    found = {plan.key: plan for plan in (*anew, *likely, *large)}
     for place in range(max(map(len, queues))):
         for queue in (*others, general, rest):
             if place < len(queue):
@@ -173,11 +185,11 @@ def _of_rule(findings: Sequence[Finding], situation: Situation) -> Iterator[Plan
     """Yields the plans for what one rule found, on all components that it found it in."""
     first = findings[0]
 
-    def plan(*steps: Iterable[tuple[Repair, str]]) -> Plan:
+    def plan(*steps: Iterable[tuple[Repair, str]], spare: bool = False) -> Plan:
         made = [pair for step in steps for pair in step]
         why = "; ".join(dict.fromkeys(why for _, why in made))
         place = first.component if len(findings) == 1 else MODEL
-        return Plan(tuple(action for action, _ in made), why, first.source, place)
+        return Plan(tuple(action for action, _ in made), why, first.source, place, spare)
 
     def everywhere(repair: Repair) -> list[tuple[Repair, str]]:
         """The repair in each of the components that are concerned."""
@@ -194,8 +206,9 @@ def _of_rule(findings: Sequence[Finding], situation: Situation) -> Iterator[Plan
         places = [f.component for f in findings] if local else [rate.component]
         return [_rate(rate, place, times, situation) for place in dict.fromkeys(places)]
 
-    listed = [r for r in first.repairs if r.name in ACTIONS]
-    listed += [r for r in _by_cause(first) if r.name not in {other.name for other in listed}]
+    of_rule = [r for r in first.repairs if r.name in ACTIONS]
+    by_cause = [r for r in _by_cause(first) if r.name not in {other.name for other in of_rule}]
+    listed = of_rule + by_cause
     if situation.healthy_step is None:
         listed = [r for r in listed if r.name != "roll_back"]
     names = {repair.name for repair in listed}
@@ -204,18 +217,24 @@ def _of_rule(findings: Sequence[Finding], situation: Situation) -> Iterator[Plan
         before = [n for n in _FIRST if n in names]
         if situation.healthy_step is not None and "roll_back" not in before:
             before.insert(0, "roll_back")
-        before = before if float(scaled(rate)[0][0].parameters["factor"]) < 1.0 else []
+        lowers = float(scaled(rate)[0][0].parameters["factor"]) < 1.0
+        before = before if lowers else []
+        instead = bool(of_rule) and rate in by_cause and not lowers
+        for repair in of_rule if instead else ():  # it undoes what the rule has measured
+            yield plan(everywhere(repair))
         # Steps that were too long from the first one on leave no healthy state but that before it.
         to = {"roll_back": {"to": "start"}} if rate.component == MODEL else {}
         for name in before:
             yield plan(everywhere(Repair(name, rate.component, to.get(name, {}))), scaled(rate))
-        yield plan(scaled(rate))
-        for times in (_WIDER, 1.0 / _WIDER) if before else (_WIDER, _WIDER**2, 1.0 / _WIDER):
+        yield plan(scaled(rate), spare=instead)
+        others = (_WIDER, 1.0 / _WIDER) if before else (_WIDER, _WIDER**2, 1.0 / _WIDER)
+        for times in others if not _is_counted(rate, situation) else ():
+            spare = instead or (lowers and times < 1.0)
             if before:
                 first_of_all = Repair(before[0], rate.component, to.get(before[0], {}))
-                yield plan(everywhere(first_of_all), scaled(rate, times))
+                yield plan(everywhere(first_of_all), scaled(rate, times), spare=spare)
             else:
-                yield plan(scaled(rate, times))
+                yield plan(scaled(rate, times), spare=spare)
     for repair in listed:
         if repair.name == "temper_attention":
             # Averages of the old gradients would hold back for long what got smaller ones.
@@ -260,17 +279,36 @@ def _drawn_too_large(finding: Finding, situation: Situation) -> list[Plan]:
     return [Plan(actions, why, finding.source, names[0] if len(names) == 1 else MODEL)]
 
 
-def _in_general(finding: Finding) -> Plan:
+def _in_general(finding: Finding, situation: Situation) -> Plan:
     """Returns what helps against much that goes wrong: an earlier state, and smaller steps."""
+    smaller = Repair("scale_learning_rate", MODEL, {"factor": _SMALLER})
+    rate, why = _rate(smaller, MODEL, 1.0, situation)
     return Plan(
-        (
-            Repair("roll_back", MODEL, {"to": "start"}),
-            Repair("scale_learning_rate", MODEL, {"factor": _SMALLER}),
-        ),
-        "whatever the cause, from the start with smaller steps",
+        (_TO_THE_START, rate),
+        f"whatever the cause, from the start with smaller steps: {why}",
         finding.source,
         MODEL,
     )
+
+
+def _from_the_start(likely: Iterable[Plan], situation: Situation) -> list[Plan]:
+    """Returns plans with all that was learned so far undone before them."""
+    why = f"so it was from the first step, and {situation.step + 1} steps are little to make again"
+    return [
+        replace(
+            plan,
+            actions=(_TO_THE_START, *plan.actions),
+            derivation=f"{plan.derivation}; {why}",
+        )
+        for plan in likely
+        if all(action.name != "roll_back" for action in plan.actions)
+    ]
+
+
+def is_of_the_start(finding: Finding) -> bool:
+    """Whether all that speaks for a finding was measured at the start of the run."""
+    names = [evidence.feature for evidence in finding.evidence]
+    return bool(names) and all(name.startswith("initial_") for name in names)
 
 
 def _made(repair: Repair, situation: Situation) -> tuple[Repair, str]:
@@ -297,10 +335,15 @@ def _rate(rate: Repair, component: str, times: float, situation: Situation) -> t
     return Repair("scale_learning_rate", component, {"factor": factor}), why
 
 
+def _is_counted(rate: Repair, situation: Situation) -> bool:
+    """Whether the factor is no estimate: how often an optimizer steps the same parameters."""
+    return situation.observed("times_optimized", rate.component) > 1.5  # noqa: PLR2004
+
+
 def _derived(component: str, listed: float, situation: Situation) -> tuple[float, str]:
     observed = situation.observed
     times = observed("times_optimized", component)
-    if times > 1.5:  # noqa: PLR2004 - once or more often
+    if times > 1.5:  # once or more often
         return 1.0 / times, f"its parameters are in {times:.0f} places of optimizers"
     if component != MODEL:
         rate = observed("learning_rate_to_quartile", component)

@@ -29,7 +29,7 @@ from diagnoser.repair_loop.loop import (
     not_tried,
     round_of_trials,
 )
-from diagnoser.repair_loop.planning import Situation
+from diagnoser.repair_loop.planning import Situation, is_of_the_start
 from diagnoser.report import wording
 from diagnoser.rules import Rule, precision_of
 from diagnoser.runlog import Recording, RunLogWriter
@@ -131,7 +131,7 @@ class ScriptRepairs:
             for f in diagnosis.findings
             if (is_grave(f.severity) or f.source.startswith("check:"))
             and self._at_repair.get((f.source, f.component)) != _observed(f)
-            and not (self._repaired and _is_of_the_start(f))
+            and not (self._repaired and is_of_the_start(f))
             and (not f.evidence or max(e.steps[1] for e in f.evidence) >= since)
         )
         losses = recording.losses.value[-RECENT_LOSSES:]
@@ -397,12 +397,6 @@ def _spelled(action: Repair) -> str:
         for name, value in action.parameters.items()
     )
     return f"{action.name} in {action.component}{f' ({numbers})' if numbers else ''}"
-
-
-def _is_of_the_start(finding: Finding) -> bool:
-    """Whether all that speaks for a finding was measured at the start of the run."""
-    names = [evidence.feature for evidence in finding.evidence]
-    return bool(names) and all(name.startswith("initial_") for name in names)
 
 
 def _observed(finding: Finding) -> tuple[float, ...]:

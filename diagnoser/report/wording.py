@@ -226,12 +226,16 @@ def cause_sentence(cause: RankedCause) -> str:
     return CAUSE_SENTENCES[cause.cause].format(**_phrases(cause.component))
 
 
+_EPSILON: Final = ("Set the optimizer's epsilon{of} to {eps}.", {"eps": "1e-8"})
+
+
 def repair_sentence(repair: Repair) -> str:
     """Returns what to do, in one sentence with the parameters of the suggestion filled in.
 
     A parameter that has no place in the sentence is added in brackets.
     """
-    template, left_open = REPAIR_SENTENCES[repair.name]
+    of_epsilon = repair.name == "change_betas" and set(repair.parameters) == {"eps"}
+    template, left_open = _EPSILON if of_epsilon else REPAIR_SENTENCES[repair.name]
     given = {
         name: visible(value) if isinstance(value, str) else number(value)
         for name, value in sorted(repair.parameters.items())
