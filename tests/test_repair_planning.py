@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +17,7 @@ from diagnoser.repair import ACTIONS
 from diagnoser.repair_loop import Plan, Situation, instructions, plans
 from diagnoser.rules import load_rules, shipped_rules_directory
 from diagnoser.table import Column, Scope, Table
-from diagnoser.types import Cause, Finding, Repair
+from diagnoser.types import Cause, Evidence, Finding, Repair
 from diagnoser.vocabulary import REPAIRS
 
 QUERY, KEY = "attention.in_proj[query]", "attention.in_proj[key]"
@@ -226,6 +227,83 @@ def test_higher_rates_go_on_from_where_the_training_is():
     assert rates and all(named(p) == ["scale_learning_rate"] for p in rates)
     factors = [p.actions[0].parameters["factor"] for p in rates]
     assert factors == [10.0, 30.0, 90.0, 3.3]
+
+
+TO_THE_START = Repair("roll_back", "model", {"to": "start"})
+
+
+def of_start(component: str = "head") -> Finding:
+    """What a rule found in the first weights."""
+    seen = (Evidence("initial_weight_scale_to_median", 9.0, ">", 3.0, (0, 5)),)
+    return dataclasses.replace(finding("reinitialize", component=component), evidence=seen)
+
+
+@pytest.mark.parametrize(
+    "found", [finding("temper_attention", source="check:scale"), of_start()], ids=["seen", "drawn"]
+)
+def test_what_was_so_from_the_first_step_is_mended_there_while_that_costs_little(found):
+    early = plans(situation(found, step=2))
+    first, second = early[:2]
+    assert first.actions == (TO_THE_START, *second.actions)
+    assert "so it was from the first step, and 3 steps are little to make again" in first.derivation
+    assert plans(situation(found, step=19))[0].actions[0] == TO_THE_START
+    late = [p for p in plans(situation(found, step=20)) if not general(p)]
+    assert all(TO_THE_START not in p.actions for p in late)
+
+
+def test_what_came_later_is_mended_where_it_is_and_nothing_goes_back_twice():
+    later = [p for p in plans(situation(finding("reinitialize"), step=2)) if not general(p)]
+    assert all(TO_THE_START not in p.actions for p in later)
+    back = finding("roll_back", rate(0.1), source="check:one")
+    for plan in plans(situation(back, step=2, healthy=1)):
+        assert named(plan).count("roll_back") <= 1
+
+
+# -- what is tried for want of anything better ----------------------------------------------------
+
+
+def test_rates_still_lower_than_derived_are_spare_and_higher_ones_are_not():
+    found = [p for p in plans(situation(finding(rate(0.1)), healthy=7)) if not general(p)]
+    factors = {p.actions[-1].parameters["factor"]: p.spare for p in found}
+    assert factors == {0.1: False, 0.3: False, 0.033: True}
+
+
+def test_a_factor_that_was_counted_is_not_searched_around():
+    values = {"times_optimized": {"head": [2.0, 2.0, 2.0]}}
+    found = plans(situation(finding(rate(0.3)), components=values, healthy=7))
+    rates = [a for p in found if not general(p) for a in p.actions if "rate" in a.name]
+    assert rates and {a.parameters["factor"] for a in rates} == {0.5}
+
+
+def test_higher_rates_that_a_cause_suggests_are_spare_beside_what_its_rule_lists():
+    listed = Repair("change_betas", "head", {"eps": 1e-8})
+    found = plans(situation(finding(listed, causes=("learning_rate_too_low",))))
+    own = [p for p in found if not general(p)]
+    assert own[0].actions == (listed,) and not own[0].spare
+    assert len(own) > 1 and all(p.spare for p in own if p.actions != (listed,))
+    alone = plans(situation(finding(causes=("learning_rate_too_low",))))
+    assert not any(p.spare for p in alone)
+
+
+def test_lower_rates_that_a_cause_suggests_are_not():
+    back = finding("roll_back", causes=("learning_rate_too_high",))
+    found = plans(situation(back, healthy=7))
+    assert named(found[0]) == ["roll_back", "scale_learning_rate"] and not found[0].spare
+
+
+@pytest.mark.parametrize(
+    ("run", "factor", "why"),
+    [
+        ({"overshoot": [50.0] * 3}, 0.01, "curvature takes back 50 times"),
+        ({"median_update_ratio": [0.06] * 3}, 0.05, "a step changes 0.06 of the weights"),
+        ({"median_update_ratio": [0.001] * 3}, 0.1, "the rule's own factor"),
+        ({}, 0.1, "the rule's own factor"),
+    ],
+)
+def test_smaller_steps_from_the_start_are_as_small_as_is_measured(run, factor, why):
+    (plan,) = [p for p in plans(situation(finding("reinitialize"), run=run)) if general(p)]
+    assert plan.actions == (TO_THE_START, rate(factor, "model"))
+    assert why in plan.derivation
 
 
 # -- numbers and where they come from ------------------------------------------------------------

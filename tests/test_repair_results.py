@@ -1,4 +1,4 @@
-"""The committed repairs of the paper's case: whole, paired, and of the trainings they say."""
+"""The committed repairs: whole, paired, and of the trainings they say."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import repair_han
+from benchmarks import repair, repair_han
 from benchmarks.forked import rows_of
 from benchmarks.subject_harm import SUMMARY
 from diagnoser.cases import load_case
@@ -50,3 +50,43 @@ def test_what_is_kept_was_tried_and_has_its_numbers():
 def test_the_new_start_is_of_a_mistake_whose_harm_is_proven():
     summary = json.loads(SUMMARY.read_text("utf-8"))["case:han"]["faults"]
     assert summary["batches-by-class"]["harm"] == "proven"
+
+
+# -- mistakes of the fault benchmark ----------------------------------------------------------------
+
+RUNS = rows_of(repair.RESULTS)
+
+
+def test_every_run_is_there_once_and_none_failed():
+    keys = [repair.key(row) for row in RUNS]
+    tasks = repair.wanted(repair.CASES, repair.HEALTHY, tuple(repair.ARMS), repair.SEEDS)
+    assert sorted(keys) == sorted(repair.key(repair.head(*task)) for task in tasks)
+    assert [row for row in RUNS if row.get("problem") or row["failures"]] == []
+
+
+def test_there_are_as_many_mistakes_seeds_and_healthy_runs_as_the_document_says():
+    assert len({case.operator for case in repair.CASES}) >= 16
+    assert len(repair.SEEDS) >= 10
+    assert sum(not row["operator"] for row in RUNS) >= 100
+
+
+def test_what_nobody_repaired_is_one_training_whoever_watched_it():
+    """Bit for bit: to look, to try and to put back changes nothing."""
+    scores: dict[tuple[object, ...], set[str]] = {}
+    for row in RUNS:
+        if not any(attempt["kept"] for attempt in row["attempts"]):
+            training = (*repair.key(row)[:5], row["seed"])
+            scores.setdefault(training, set()).add(repr((row["score"], row["loss"])))
+    assert len(scores) > len(repair.HEALTHY)
+    assert {training: found for training, found in scores.items() if len(found) > 1} == {}
+
+
+def test_an_arm_does_what_it_is_called_after():
+    names = {"third": ["scale_learning_rate"], "paper": ["scale_learning_rate"]}
+    for row in RUNS:
+        for attempt in row["attempts"]:
+            if row["arm"] in names:
+                assert [name for name, _, _ in attempt["actions"]] == names[row["arm"]]
+            if row["arm"] == "third":
+                assert attempt["actions"][0][1] == "model"
+    assert {row["arm"] for row in RUNS} == set(repair.ARMS)

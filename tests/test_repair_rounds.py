@@ -289,6 +289,26 @@ def test_of_a_longer_trial_only_those_are_kept_that_were_in_it():
     assert Results([ANEW, PATCH, other], losses, cures).drive().plan is None
 
 
+SPARE = replace(plan("ccc"), spare=True)
+
+
+def test_a_spare_plan_is_kept_only_where_no_other_is_worth_it():
+    losses = {"for a": flat(1.9, 0.01), "for ccc": flat(1.0, 0.01)}
+    assert Results([SPARE, A], losses, ALL_CURE).drive().plan is A
+    results = Results([SPARE, A], {**losses, "for a": flat(2.5, 0.01)}, ALL_CURE)
+    assert results.drive().plan is SPARE
+    assert len(results.asked) == 3
+
+
+def test_it_has_to_prove_itself_beside_another_that_may_gain():
+    losses = {"for a": sinking, "for ccc": flat(1.0, 0.01)}
+    results = Results([SPARE, A], losses, ALL_CURE)
+    assert results.drive().plan is A
+    assert results.asked[3:] == [(n, LONGER * SHORT) for n in ("twin", "for ccc", "for a")]
+    losses["for a"] = in_vain
+    assert Results([SPARE, A], losses, ALL_CURE).drive().plan is SPARE
+
+
 SAVED = "it would have saved a checkpoint"
 
 
