@@ -52,7 +52,7 @@ def test_the_new_start_is_of_a_mistake_whose_harm_is_proven():
     assert summary["batches-by-class"]["harm"] == "proven"
 
 
-# -- mistakes of the fault benchmark ----------------------------------------------------------------
+# -- mistakes of the fault benchmark --------------------------------------------------------------
 
 RUNS = rows_of(repair.RESULTS)
 
