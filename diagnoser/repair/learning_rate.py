@@ -43,7 +43,8 @@ def step_along(live: Live, tensors: Sequence[Tensor], factor: float) -> Undo:
 
     With W' = factor W and the same loss of both, the gradient of W is factor times that of W': the
     script sees that one, so that what clips or logs gradients, and what averages them, is not out
-    of proportion; a step of W is one of W' times factor, and decay does not change with it.
+    of proportion; a step of W is one of W' times factor, and decay does not change with it. What is
+    measured along steps from then on has a part of these weights that is factor times too small.
     """
     wanted = {id(tensor) for tensor in tensors}
 
