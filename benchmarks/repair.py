@@ -4,8 +4,8 @@ A run of a subject with a mistake, and its twin without, start from the same wei
 same batches. Arms that act do so when the rules first find something; what differs is what they do
 then. Runs that nobody acts on are those of the fault benchmark (``results/bench/truth.parquet``):
 the healthy twin, the faulty run, and for a restart the faulty run of another seed.
-``python -m benchmarks.repair run`` makes what is missing of ``results/repair.jsonl`` (4 CPU-hours),
-``show`` prints it; `repair_document` makes tables of it.
+``python -m benchmarks.repair run`` makes what is missing of ``results/repair.jsonl`` (one to three
+CPU-hours), ``show`` prints it; `repair_document` makes tables of it.
 """
 
 from __future__ import annotations

@@ -102,6 +102,7 @@ DOCUMENTS: dict[Path, Mapping[str, Callable[[], str]]] = {
     README: {
         "example": example,
         "held out": scores_document.summary,
+        "repairs": repair_document.in_short,
         "real faults": reproductions_document.summary,
         "overhead": overhead,
     },
