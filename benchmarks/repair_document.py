@@ -131,8 +131,8 @@ def arms() -> str:
     unseen = [pair.restored for pair in ours if pair.seed not in SEEN]
     seeds = f"{min(s for s in repair.SEEDS if s not in SEEN)} to {max(repair.SEEDS)}"
     return table(head, rows) + (
-        f"\n\nRuns of seeds {min(SEEN)} and {max(SEEN)} had been looked at before the loop was last "
-        f"changed, those of seeds {seeds} had not; of these diagnoser restores "
+        f"\n\nRuns of seeds {min(SEEN)} and {max(SEEN)} had been looked at before the loop was "
+        f"last changed, those of seeds {seeds} had not; of these diagnoser restores "
         f"{statistics.fmean(unseen):.2f}."
     )
 
