@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,6 +38,8 @@ def save(classifier: Classifier, path: Path, rows: NDArray[Any]) -> None:
         rows: Some rows that it was fitted on, (rows, run columns): the first ones are what a reader
             checks itself with.
     """
+    from importlib.metadata import version  # who only reads does without
+
     reference = classifier.reference
     judges = {"verdict": classifier.verdict, "location": classifier.location}
     judges |= {f"cause.{name}": judge for name, judge in classifier.causes.items()}
