@@ -491,10 +491,12 @@ def test_change_betas_is_a_training_that_was_built_with_them():
     assert repaired.param_groups[0]["betas"] == (0.9, 0.999)
 
 
-def test_another_epsilon_is_a_training_that_was_built_with_it():
+@pytest.mark.parametrize("made", [torch.optim.AdamW, torch.optim.RMSprop])
+def test_another_epsilon_is_a_training_that_was_built_with_it(made):
+    """Also where an optimizer has an epsilon and no averaging factors of this kind."""
     mine, theirs = net(), net()
-    repaired = torch.optim.AdamW(mine.parameters(), lr=0.01, eps=1.0)
-    reference = torch.optim.AdamW(theirs.parameters(), lr=0.01)
+    repaired = made(mine.parameters(), lr=0.01, eps=1.0)
+    reference = made(theirs.parameters(), lr=0.01, eps=1e-8)
     repair(mine, repaired, Repair("change_betas", "model", {"eps": 1e-8}))
     for i in range(STEPS):
         step(mine, repaired, i)
@@ -634,6 +636,7 @@ def test_of_a_fused_parameter_the_gradient_of_the_component_alone_is_clipped():
         ("change_betas", {"beta2": 1.0}, "1.0 is not in"),
         ("change_betas", {"beta2": 0.9}, "SGD has no betas"),
         ("change_betas", {}, "give beta1, beta2 or both, or eps"),
+        ("change_betas", {"eps": 1e-8}, "SGD has no eps"),
         ("change_betas", {"eps": 0.0}, "eps 0.0 is no positive number"),
         ("change_betas", {"eps": float("nan")}, "eps nan is no positive number"),
         ("clip_gradient", {"norm": -1.0}, "norm -1.0 is no positive number"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,19 +110,25 @@ def change_betas(
     """
     if beta1 is None and beta2 is None and eps is None:
         raise RepairError("change_betas: give beta1, beta2 or both, or eps")
-    for beta in (beta1, beta2):
-        if beta is not None and not 0.0 <= beta < 1.0:
+    betas = [beta for beta in (beta1, beta2) if beta is not None]
+    for beta in betas:
+        if not 0.0 <= beta < 1.0:
             raise RepairError(f"change_betas: {beta} is not in [0, 1)")
     if eps is not None and not (math.isfinite(eps) and eps > 0):
         raise RepairError(f"change_betas: eps {eps} is no positive number")
-    optimizers = _stepping(live, component, "change_betas", "betas")
+    asked = [name for name, any_given in (("betas", betas), ("eps", eps)) if any_given]
+    able = [o for name in asked for o in _stepping(live, component, "change_betas", name)]
+    optimizers = list({id(optimizer): optimizer for optimizer in able}.values())
 
     def options(group: Options) -> Options:
-        if group.get("betas") is None:
-            return {}
-        first, second, *more = group["betas"]
-        changed = (first if beta1 is None else beta1, second if beta2 is None else beta2, *more)
-        return {"betas": changed, **({} if eps is None else {"eps": eps})}
+        changed: dict[str, Any] = {}
+        if group.get("betas") is not None:
+            first, second, *more = group["betas"]
+            given = (first if beta1 is None else beta1, second if beta2 is None else beta2)
+            changed["betas"] = (*given, *more)
+        if eps is not None and group.get("eps") is not None:
+            changed["eps"] = eps
+        return changed
 
     return _adjust(live, component, optimizers, lambda which: Adjustment(which, options))
 
