@@ -265,6 +265,11 @@ def test_every_cause_has_a_sentence():
             assert "!" not in sentence
 
 
+def test_epsilon_alone_has_a_sentence_of_its_own():
+    said = wording.repair_sentence(Repair("change_betas", "model", {"eps": 1e-8}))
+    assert said == "Set the optimizer's epsilon to 1e-8."
+
+
 def test_every_repair_has_a_sentence_with_or_without_parameters():
     assert set(wording.REPAIR_SENTENCES) == set(vocabulary.REPAIRS)
     for name, (_, left_open) in wording.REPAIR_SENTENCES.items():

@@ -147,6 +147,7 @@ def _classifier(arrays: Arrays, about: Mapping[str, Any]) -> Classifier:
     ):
         if arrays[name].shape != expected:
             raise ValueError(f"{name} is {arrays[name].shape}, not {expected}")
+    _check_places(arrays, "usual", len(columns))
     return Classifier(
         run_columns=columns,
         reference=Reference(
@@ -176,13 +177,24 @@ def _of_judge(judge: Judge) -> dict[str, NDArray[Any]]:
 
 
 def _judge(arrays: Arrays, name: str, columns: int) -> Judge:
-    chosen = arrays[f"{name}.columns"]
-    if len(chosen) and not (chosen.min() >= 0 and chosen.max() < columns):
-        raise ValueError(f"{name} rests on a column that is not there")
-    base, slope, intercept = arrays[f"{name}.numbers"].tolist()
+    chosen = _check_places(arrays, f"{name}.columns", columns)
+    numbers = arrays[f"{name}.numbers"]
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name}.numbers are no numbers")
+    base, slope, intercept = numbers.tolist()
     trees = Trees(arrays[f"{name}.nodes"], arrays[f"{name}.roots"], base)
     trees.check(len(chosen))
     return Judge(trees, chosen, slope, intercept)
+
+
+def _check_places(arrays: Arrays, name: str, columns: int) -> NDArray[Any]:
+    """Returns an array of positions of columns, if it is one."""
+    places = arrays[name]
+    if places.dtype.kind != "i" or places.ndim != 1:
+        raise ValueError(f"{name} are no positions of columns")
+    if len(places) and not (places.min() >= 0 and places.max() < columns):
+        raise ValueError(f"{name}: there is no such column")
+    return places
 
 
 def _description_of(path: Path) -> Path:

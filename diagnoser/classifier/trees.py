@@ -77,8 +77,10 @@ class Trees:
                 column that is not there; numbers that are not finite.
         """
         nodes, own = self.nodes, np.arange(len(self.nodes))
-        if nodes.dtype != NODE or nodes.ndim != 1 or self.roots.ndim != 1:
+        if nodes.dtype != NODE or nodes.ndim != 1:
             raise ValueError("the nodes of its trees are of another type")
+        if self.roots.dtype.kind != "i" or self.roots.ndim != 1:
+            raise ValueError("the roots of its trees are of another type")
         if len(self.roots) and not (self.roots.min() >= 0 and self.roots.max() < len(nodes)):
             raise ValueError("a tree begins nowhere")
         leaf = (nodes["left"] == own) & (nodes["right"] == own)
