@@ -228,7 +228,7 @@ def _of_rule(findings: Sequence[Finding], situation: Situation) -> Iterator[Plan
             yield plan(everywhere(Repair(name, rate.component, to.get(name, {}))), scaled(rate))
         yield plan(scaled(rate), spare=instead)
         others = (_WIDER, 1.0 / _WIDER) if before else (_WIDER, _WIDER**2, 1.0 / _WIDER)
-        for times in others if not _is_counted(rate, situation) else ():
+        for times in others if not _is_counted(rate.component, situation) else ():
             spare = instead or (lowers and times < 1.0)
             if before:
                 first_of_all = Repair(before[0], rate.component, to.get(before[0], {}))
@@ -335,15 +335,15 @@ def _rate(rate: Repair, component: str, times: float, situation: Situation) -> t
     return Repair("scale_learning_rate", component, {"factor": factor}), why
 
 
-def _is_counted(rate: Repair, situation: Situation) -> bool:
-    """Whether the factor is no estimate: how often an optimizer steps the same parameters."""
-    return situation.observed("times_optimized", rate.component) > 1.5  # noqa: PLR2004
+def _is_counted(component: str, situation: Situation) -> bool:
+    """Whether the factor is no estimate: its parameters are stepped twice or more often."""
+    return situation.observed("times_optimized", component) > 1.5  # noqa: PLR2004
 
 
 def _derived(component: str, listed: float, situation: Situation) -> tuple[float, str]:
     observed = situation.observed
-    times = observed("times_optimized", component)
-    if times > 1.5:  # once or more often
+    if _is_counted(component, situation):
+        times = observed("times_optimized", component)
         return 1.0 / times, f"its parameters are in {times:.0f} places of optimizers"
     if component != MODEL:
         rate = observed("learning_rate_to_quartile", component)
