@@ -21,7 +21,7 @@ from diagnoser.benchmark.harm import sign_flip_p
 from diagnoser.benchmark.intervals import cluster_bootstrap, wilson
 
 DOCUMENT: Final = repair.RESULTS.parents[2] / "docs" / "repair.md"
-SEEN: Final = (0, 1)  # seeds that an earlier version of the loop was run on
+SEEN: Final = (0, 1)  # seeds whose runs under an earlier version of the loop were looked at
 NOT_YET: Final = "Not there yet: these runs have not been made."
 TITLES: Final[Mapping[str, str]] = {
     "nothing": "nothing is done",
@@ -338,11 +338,13 @@ def in_short() -> str:
     share = {arm: statistics.fmean(pair.restored for pair in own) for arm, own in runs.items()}
     low, high = _interval([pair.restored for pair in ours], ours)
     other = max((arm for arm in share if arm != "diagnoser"), key=lambda arm: share[arm])
+    worst, best = _interval([pair.restored for pair in runs[other]], ours)
+    mistakes = len({case.operator for case in CASES})
     text = (
-        f"`--repair apply` on {len(ours)} faulty runs of {len(CASES)} mistakes that can be undone "
+        f"`--repair apply` on {len(ours)} faulty runs of {mistakes} mistakes that can be undone "
         f"from outside: {share['diagnoser']:.2f} [{low:.2f}, {high:.2f}] end as good as their "
-        f"healthy twins, the next best way ({TITLES[other]}) {share[other]:.2f}. It kept a repair "
-        f"in {sum(run.acted for run in acted)} of {len(acted)} healthy runs: "
+        f"healthy twins, {TITLES[other]} {share[other]:.2f} [{worst:.2f}, {best:.2f}]. It kept a "
+        f"repair in {sum(run.acted for run in acted)} of {len(acted)} healthy runs: "
         "[docs/repair.md](docs/repair.md)."
     )
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)

@@ -90,3 +90,4 @@ def test_an_arm_does_what_it_is_called_after():
             if row["arm"] == "third":
                 assert attempt["actions"][0][1] == "model"
     assert {row["arm"] for row in RUNS} == set(repair.ARMS)
+    assert {row["arm"] for row in RUNS if row["attempts"]} >= {*names, "random", "diagnoser"}
