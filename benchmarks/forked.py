@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -73,3 +74,33 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
     return rows
+
+
+def undamaged(path: Path, is_whole: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Returns the rows of such a file; damaged lines are said and taken out, to be made anew.
+
+    Args:
+        path: The file; there may be none yet.
+        is_whole: Whether a row has all that it should; KeyError and TypeError say no.
+    """
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []
+    good, bad = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            whole = is_whole(row)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+        if whole:
+            good.append(row)
+        else:
+            bad.append(number)
+    if bad:
+        print(f"{path}: damaged, made anew: lines {', '.join(map(str, bad))}", file=sys.stderr)
+        write_rows(path, good)
+    return good
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes a file with one JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

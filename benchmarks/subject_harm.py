@@ -43,8 +43,8 @@ from diagnoser.benchmark.harm import (
 
 ROOT = Path(__file__).parents[1]
 SUBJECTS = ROOT / "benchmarks" / "subjects" / "faults.yaml"
-CASE = ROOT / "cases" / "han" / "case.yaml"
-SHARED_SOURCES = (ROOT / "cases" / "han" / "bbc_news.py", ROOT / "cases" / "han" / "model.py")
+CASES = sorted((ROOT / "cases").glob("*/case.yaml"))
+SHARED = ROOT / "cases" / "han"  # whose modules the subjects import
 RUNS = ROOT / "benchmarks" / "results" / "subject_harm.jsonl"
 SUMMARY = ROOT / "benchmarks" / "results" / "subject_harm.json"
 
@@ -106,17 +106,20 @@ def main() -> None:
 
 
 def read_subjects() -> tuple[Subject, ...]:
-    """Returns the subjects of the evidence table, and the shipped case as one more."""
-    entries = [(SUBJECTS.parent, entry) for entry in yaml.safe_load(SUBJECTS.read_text("utf-8"))]
-    case = yaml.safe_load(CASE.read_text("utf-8"))
-    entries.append((CASE.parent, {**case, "name": f"case:{case['name']}"}))
+    """Returns the subjects of the evidence table, and the shipped cases as more of them."""
+    folder = SUBJECTS.parent
+    entries = [(folder, SHARED, entry) for entry in yaml.safe_load(SUBJECTS.read_text("utf-8"))]
+    for path in CASES:
+        case = yaml.safe_load(path.read_text("utf-8"))
+        entries.append((path.parent, path.parent, {**case, "name": f"case:{case['name']}"}))
 
     subjects = []
-    for folder, entry in entries:
+    for folder, modules, entry in entries:
         script = folder / entry["script"]
         faults = {fault["name"]: fault.get("arguments") for fault in entry["faults"]}
         arguments = {name: given or {"fault": name} for name, given in faults.items()}
-        sources = b"".join(path.read_bytes() for path in (script, *SHARED_SOURCES))
+        others = sorted(path for path in modules.glob("*.py") if path.name != "train.py")
+        sources = b"".join(path.read_bytes() for path in (script, *others))
         digest = hashlib.sha256(sources).hexdigest()[:16]
         subjects.append(Subject(entry["name"], script, {HEALTHY: {}, **arguments}, digest))
     return tuple(subjects)

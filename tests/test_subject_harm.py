@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.subject_harm import (
-    CASE,
+    CASES,
     FIRST_SEED,
     SUMMARY,
     Run,
@@ -99,8 +99,9 @@ def test_the_committed_summary_is_what_the_committed_runs_say():
         assert all(fault["runs"] >= 8 for fault in summary[subject.name]["faults"].values())
 
 
-def test_the_case_file_states_what_was_measured():
-    case = yaml.safe_load(CASE.read_text())
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.parent.name)
+def test_the_case_file_states_what_was_measured(path):
+    case = yaml.safe_load(path.read_text())
     measured = json.loads(SUMMARY.read_text())[f"case:{case['name']}"]
     assert case["metric"]["healthy"] == pytest.approx(measured["healthy"]["mean"], abs=0.005)
     assert measured["healthy"]["min"] >= case["metric"]["healthy"] - case["metric"]["within"]

@@ -1,0 +1,345 @@
+"""What the paper claims, one by one, and what becomes of it here.
+
+A claim has parts that hold or do not: that a mean over seeds, or of differences between runs of the
+same seed, is on the side that the paper says, with its whole interval. It holds where all parts do,
+does not hold where none does, and holds in part else.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from benchmarks.study.figures import rise
+from benchmarks.study.parts import CHECKPOINTS, NOISE_OF_INTERVENTION
+from benchmarks.study.settings import DISTILBERT, HAN, VIDEO, Setting, settings
+from benchmarks.study.statistics import (
+    Mean,
+    Row,
+    arm,
+    block,
+    by_seed,
+    correlations,
+    mean,
+    pair,
+    percent,
+    rows,
+    short,
+)
+
+LAST: Final = len(CHECKPOINTS) - 1
+FRAGILE: Final[Mapping[str, str]] = {
+    HAN.name: "word attention",
+    VIDEO.name: "cross attention",
+    DISTILBERT.name: "last q",
+}
+RIVALS: Final[Mapping[str, tuple[str, ...]]] = {
+    HAN.name: ("sentence attention",),
+    VIDEO.name: ("spatial attention", "temporal attention"),
+    DISTILBERT.name: ("last k", "last out"),
+}
+STRONGEST: Final = ("W2", "S1")
+EFFECTS: Final = ("gradient", "relative_gradient", "output")
+UNTOLD: Final = "cannot be tested"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What the paper says, what is found, and how many of its parts hold; none: untestable."""
+
+    said: str
+    found: str
+    holding: int
+    parts: int
+
+    @property
+    def verdict(self) -> str:
+        """What becomes of it."""
+        if not self.parts:
+            return UNTOLD
+        if self.holding == self.parts:
+            return "holds"
+        part = f"holds in part ({self.holding} of {self.parts})"
+        return part if self.holding else "does not hold"
+
+
+def claims() -> list[Claim]:
+    """Returns all claims, in the order of the paper."""
+    return [
+        signs_of(HAN, {"word attention": -1, "sentence attention": 1}, "-5.72; 2.86"),
+        signs_of(
+            VIDEO,
+            {"spatial attention": 1, "temporal attention": 1, "cross attention": -1},
+            "1.92; 4.37; -2.11",
+        ),
+        signs_of(
+            DISTILBERT,
+            {f"{at} {part}": sign for at in ("first", "last") for part, sign in _PROJECTIONS},
+            "query -2.24; key 3.12; output 1.75",
+        ),
+        fragile("raw"),
+        precise(),
+        strongest(),
+        large_gradient(),
+        noise(),
+        remedy(),
+        Claim(
+            "DistilBERT: query and output projection are moderately coupled",
+            "; ".join(_coupling(DISTILBERT, names) for names in DISTILBERT.pairs)
+            + ". The paper gives no number, and no scale on which it would be moderate",
+            0,
+            0,
+        ),
+        through_cross_attention(),
+        spread("gradient_norm", "Coupling tells better than gradients how a fault spreads"),
+        spread("distance", "(ours) It tells it better than nearness in the graph"),
+        Claim(
+            "Curvature finds faults that gradients miss",
+            "no faulty run is in this study; [the ablation](ablation.md) asks it on faulty and "
+            "healthy runs",
+            0,
+            0,
+        ),
+    ]
+
+
+_PROJECTIONS: Final = (("q", -1), ("k", 1), ("out", 1))
+
+
+def signs_of(setting: Setting, sides: Mapping[str, int], printed: str) -> Claim:
+    """Returns the claim that traces have signs."""
+    means = {name: _trace(setting, name) for name in sides}
+    said = ", ".join(f"{name} {'positive' if s > 0 else 'negative'}" for name, s in sides.items())
+    if setting is DISTILBERT:
+        said = "query negative, key and output positive (of which layer is not said)"
+    return Claim(
+        f"{setting.title}: traces are {said} ({printed})",
+        "; ".join(f"{name} {found}" for name, found in means.items()),
+        sum(means[name].sign == side for name, side in sides.items()),
+        len(sides),
+    )
+
+
+def _trace(setting: Setting, name: str) -> Mean:
+    return mean(
+        by_seed(
+            "measured",
+            setting.name,
+            lambda row: block(row, LAST, "curvature", name)["trace"]["value"],
+        )
+    )
+
+
+def fragile(kind: str) -> Claim:
+    """Returns the claim that the loss rises most in the layers with a negative trace."""
+    told, holding, parts = [], 0, 0
+    for setting in settings():
+        ends = {
+            name: [_at_the_ends(rise(row, name, kind)) for row in rows("measured", setting.name)]
+            for name in (FRAGILE[setting.name], *RIVALS[setting.name])
+        }
+        first = ends[FRAGILE[setting.name]]
+        for name in RIVALS[setting.name]:
+            gap = mean([a - b for a, b in zip(first, ends[name], strict=True)])
+            holding, parts = holding + (gap.sign == 1), parts + 1
+            told.append(f"{FRAGILE[setting.name]} less {name} {gap}")
+    return Claim(
+        "The loss is most sensitive to noise where the trace is negative (Fig. 2)",
+        "rise at alpha = 1 and -1: " + "; ".join(told),
+        holding,
+        parts,
+    )
+
+
+def _at_the_ends(curve: Sequence[float]) -> float:
+    return (curve[0] + curve[-1]) / 2.0
+
+
+def precise() -> Claim:
+    """Returns the claim that PyHessian's numbers are right within a percent."""
+    gaps, wrong, of = [], 0, 0
+    for setting in settings():
+        for row in rows("measured", setting.name):
+            for at in range(len(CHECKPOINTS)):
+                for theirs in row["checkpoints"][at]["pyhessian"]:
+                    ours = block(row, at, "curvature", theirs["block"])
+                    top = max(abs(ours[end]["value"]) for end in ("lambda_min", "lambda_max"))
+                    if top > 0:
+                        gaps.append(abs(abs(theirs["top"]) / top - 1.0))
+                    wrong += contradicts(ours["trace"], theirs)
+                    of += 1
+    close = sum(gap <= 0.01 for gap in gaps) / len(gaps)
+    return Claim(
+        "PyHessian errs by 1 % at most",
+        f"its largest eigenvalue is within 1 % of ours in {close:.0%} of {len(gaps)} cases (median "
+        f"{statistics.median(gaps):.2%}); its trace has the wrong sign in {wrong} of {of}",
+        (close > 0.95) + (wrong == 0),
+        2,
+    )
+
+
+def contradicts(ours: Row, theirs: Row) -> bool:
+    """Whether PyHessian's sign is another than one that is clear on the very same samples."""
+    clear = abs(ours["value"]) > 2.0 * ours["std_error"]
+    return bool(clear and ours["value"] * theirs["trace"] < 0)
+
+
+def strongest() -> Claim:
+    """Returns the claim that W2 and S1 are coupled most of all, and negatively."""
+    ratio = {names: _at_last(HAN, names, lambda e: float(e["ratio"])) for names in HAN.pairs[:6]}
+    norms = {names: _at_last(HAN, names, lambda e: e["norm"]["value"]) for names in HAN.pairs[:6]}
+    others = [names for names in ratio if names != STRONGEST]
+    beaten = [
+        mean([abs(a) - abs(b) for a, b in zip(ratio[STRONGEST], ratio[names], strict=True)]).sign
+        for names in others
+    ]
+    rank = sorted(norms, key=lambda names: -statistics.fmean(norms[names])).index(STRONGEST) + 1
+    own = mean(ratio[STRONGEST])
+    return Claim(
+        "HAN: W2 and S1 are coupled most of all pairs, and negatively (-0.68)",
+        f"ratio {own}, larger than {sum(sign == 1 for sign in beaten)} of the other five; by its "
+        f"norm ({mean(norms[STRONGEST])}) the pair is number {rank} of six",
+        (own.sign == -1) + sum(sign == 1 for sign in beaten),
+        6,
+    )
+
+
+def _at_last(setting: Setting, names: Sequence[str], get: Callable[[Row], float]) -> list[float]:
+    return by_seed(
+        "measured", setting.name, lambda r: get(pair(r["checkpoints"][LAST]["coupling"], names))
+    )
+
+
+def _coupling(setting: Setting, names: Sequence[str]) -> str:
+    share = mean(_at_last(setting, names, lambda e: e["share"]["value"]))
+    norm = mean(_at_last(setting, names, lambda e: e["norm"]["value"]))
+    return f"{' x '.join(names)}: share {share}, norm {norm}"
+
+
+def large_gradient() -> Claim:
+    """Returns the claim that the gradient of W2 is large."""
+    norms = {
+        name: by_seed(
+            "measured",
+            HAN.name,
+            lambda row, name=name: float(row["checkpoints"][LAST]["gradient_norms"][name]),
+        )
+        for name in HAN.matrices
+    }
+    others = [name for name in norms if name != "W2"]
+    signs = [
+        mean([a - b for a, b in zip(norms["W2"], norms[name], strict=True)]).sign for name in others
+    ]
+    told = ", ".join(f"{name} {mean(values)}" for name, values in norms.items())
+    return Claim(
+        "HAN: the gradient of W2 is large (1.25)",
+        f"at the end {told}: it is larger than {sum(sign == 1 for sign in signs)} of the others",
+        sum(sign == 1 for sign in signs),
+        len(others),
+    )
+
+
+def noise() -> Claim:
+    """Returns the claim that noise in the word attention changes predictions."""
+    found = rows("perturbed", HAN.name)
+    chance = [arm(row, layer="another order")["variability"] for row in found]
+    told, signs = [], []
+    alphas = [a["alpha"] for a in found[0]["arms"] if a["layer"] == "word attention"]
+    for alpha in alphas:
+        own = [arm(row, layer="word attention", alpha=alpha)["variability"] for row in found]
+        signs.append(mean([a - b for a, b in zip(own, chance, strict=True)]).sign)
+        told.append(f"{percent(mean(own))} at alpha {alpha:g}")
+    return Claim(
+        "HAN: noise in W1 and W2 changes more predictions (from 5 % to 30 %; no alpha is given)",
+        f"{'; '.join(told)}; another order of the batches, and no noise, changes "
+        f"{percent(mean(chance))}: more than that at {sum(s == 1 for s in signs)} of "
+        f"{len(signs)} alphas",
+        sum(sign == 1 for sign in signs),
+        len(signs),
+    )
+
+
+def remedy() -> Claim:
+    """Returns the claim that a lower rate for W1 and W2 loosens coupling and helps."""
+    found = rows("intervention", HAN.name)
+
+    def told(name: str, get: Callable[[Row], float]) -> list[float]:
+        return [get(arm(row, arm=name)) for row in found]
+
+    def changed(of: Row) -> float:
+        return float(of["variability"])
+
+    def ratio(of: Row) -> float:
+        return abs(float(pair(of["coupling"], STRONGEST)["ratio"]))
+
+    gaps = {
+        "predictions changed, less than with nothing": (changed, "nothing"),
+        "coupling, less than with nothing": (ratio, "nothing"),
+        "predictions, less than slowing a random group": (changed, "random"),
+        "predictions, less than slowing all": (changed, "all"),
+    }
+    means = {
+        title: mean([a - b for a, b in zip(told("group", get), told(other, get), strict=True)])
+        for title, (get, other) in gaps.items()
+    }
+    return Claim(
+        "HAN: a lower rate for W1 and W2 loosens their coupling with S1 (-0.68 to -0.41) and "
+        "steadies predictions (30 % to 10 %)",
+        f"after noise of {NOISE_OF_INTERVENTION:g}: "
+        + "; ".join(f"{title} {found}" for title, found in means.items()),
+        sum(found.sign == -1 for found in means.values()),
+        len(means),
+    )
+
+
+def through_cross_attention() -> Claim:
+    """Returns the claim that cross attention is where noise in the video model is amplified."""
+    norms = {
+        names: _at_last(VIDEO, names, lambda entry: entry["norm"]["value"]) for names in VIDEO.pairs
+    }
+    direct = norms["spatial attention", "temporal attention"]
+    told, signs = [], []
+    for names in VIDEO.pairs[1:]:
+        gap = mean([a - b for a, b in zip(norms[names], direct, strict=True)])
+        signs.append(gap.sign)
+        told.append(f"norm {' x '.join(names)} less spatial x temporal {gap}")
+    found = rows("perturbed", VIDEO.name)
+    changed = {
+        layer: [arm(r, layer=layer, alpha=0.3)["variability"] for r in found]
+        for layer in VIDEO.disturbed
+    }
+    for layer in ("spatial attention", "temporal attention"):
+        gap = mean([a - b for a, b in zip(changed["cross attention"], changed[layer], strict=True)])
+        signs.append(gap.sign)
+        told.append(f"predictions changed by noise of 0.3 in it less those in {layer} {gap}")
+    return Claim(
+        "3D-CNN: spatial and temporal attention interact through cross attention, which amplifies "
+        "disturbances",
+        "; ".join(told),
+        sum(sign == 1 for sign in signs),
+        len(signs),
+    )
+
+
+def spread(rival: str, said: str) -> Claim:
+    """Returns the claim that coupling orders components by what reaches them better than a rival.
+
+    Spearman's correlation with what is seen after, for each model and effect.
+    """
+    told, signs = [], []
+    for setting in settings():
+        for effect in EFFECTS:
+            own, other = (correlations(setting.name, effect, p) for p in ("coupling", rival))
+            gap = mean([a - b for a, b in zip(own, other, strict=True)])
+            signs.append(gap.sign)
+            told.append(short(gap.value))
+    better, worse = sum(s == 1 for s in signs), sum(s == -1 for s in signs)
+    return Claim(
+        said,
+        f"of {len(signs)} comparisons (three models, three effects) it is better in {better}, "
+        f"worse in {worse}; differences of Spearman's correlation: {', '.join(told)}",
+        better,
+        len(signs),
+    )
