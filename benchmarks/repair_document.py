@@ -72,28 +72,49 @@ def pairs() -> dict[str, list[Pair]]:
             acting = {arm: rows.get(repair.key(repair.head(case, arm, seed))) for arm in ARMS}
             if any(row is None or "score" not in row for row in acting.values()):
                 continue
-            untouched = {"nothing": truth.nothing[seed], "restart": truth.nothing[seed + RESTART]}
+            twins = truth.healthy[seed], truth.nothing[seed]
+            untouched = {"nothing": twins[1], "restart": truth.nothing[seed + RESTART]}
             for arm, score in untouched.items():
-                found[arm].append(_pair(case, seed, truth, score, {}))
+                found[arm].append(_pair(case, seed, truth.margin, twins, score, {}))
             for arm, row in acting.items():
                 assert row is not None
-                found[arm].append(_pair(case, seed, truth, _score(row), row))
+                own = _twins(rows, row, case) or twins
+                found[arm].append(_pair(case, seed, truth.margin, own, _score(row), row))
     return found
+
+
+def _twins(
+    rows: Mapping[tuple[Any, ...], Mapping[str, Any]], row: Mapping[str, Any], case: Case
+) -> tuple[float, float] | None:
+    """Returns the healthy and the untouched run on a row's processor; None: the benchmark's do."""
+    own = [rows.get(repair.key(repair.head(case, arm, row["seed"]))) for arm in repair.UNWATCHED]
+    there = [
+        _score(twin)
+        for twin in own
+        if twin is not None and twin.get("processor") == row.get("processor")
+    ]
+    return (there[0], there[1]) if len(there) == len(own) else None
 
 
 def _score(row: Mapping[str, Any]) -> float:
     return math.nan if row["score"] is None else float(row["score"])
 
 
-def _pair(case: Case, seed: int, truth: Truth, score: float, row: Mapping[str, Any]) -> Pair:
+def _pair(
+    case: Case,
+    seed: int,
+    margin: float,
+    twins: tuple[float, float],
+    score: float,
+    row: Mapping[str, Any],
+) -> Pair:
     attempts = row.get("attempts", ())
     return Pair(
         case,
         seed,
         score,
-        truth.healthy[seed],
-        truth.nothing[seed],
-        truth.margin,
+        *twins,
+        margin,
         len(attempts),
         any(attempt["kept"] for attempt in attempts),
         row.get("cpu_s", 0.0),

@@ -54,14 +54,24 @@ def test_the_new_start_is_of_a_mistake_whose_harm_is_proven():
 
 # -- mistakes of the fault benchmark --------------------------------------------------------------
 
-RUNS = rows_of(repair.RESULTS)
+ALL = rows_of(repair.RESULTS)
+RUNS = [row for row in ALL if row["arm"] not in repair.UNWATCHED]
 
 
 def test_every_run_is_there_once_and_none_failed():
     keys = [repair.key(row) for row in RUNS]
     tasks = repair.wanted(repair.CASES, repair.HEALTHY, tuple(repair.ARMS), repair.SEEDS)
     assert sorted(keys) == sorted(repair.key(repair.head(*task)) for task in tasks)
-    assert [row for row in RUNS if row.get("problem") or row["failures"]] == []
+    assert [row for row in ALL if row.get("problem") or row.get("failures")] == []
+
+
+def test_what_ran_on_another_processor_has_twins_that_ran_there():
+    first = {row.get("processor") for row in RUNS if row["arm"] == "diagnoser"}
+    later = [row for row in RUNS if row.get("processor") not in first]
+    for arm in repair.UNWATCHED if later else ():
+        twins = {(*repair.key(r)[:5], r["seed"]): r["processor"] for r in ALL if r["arm"] == arm}
+        for row in later:
+            assert twins[(*repair.key(row)[:5], row["seed"])] == row["processor"]
 
 
 def test_there_are_as_many_mistakes_seeds_and_healthy_runs_as_the_document_says():
@@ -71,11 +81,12 @@ def test_there_are_as_many_mistakes_seeds_and_healthy_runs_as_the_document_says(
 
 
 def test_what_nobody_repaired_is_one_training_whoever_watched_it():
-    """Bit for bit: to look, to try and to put back changes nothing."""
+    """Bit for bit on one processor: to look, to try and to put back changes nothing."""
     scores: dict[tuple[object, ...], set[str]] = {}
-    for row in RUNS:
-        if not any(attempt["kept"] for attempt in row["attempts"]):
-            training = (*repair.key(row)[:5], row["seed"])
+    for row in ALL:
+        kept = any(attempt["kept"] for attempt in row.get("attempts", ()))
+        if not kept and row["arm"] != "healthy":
+            training = (*repair.key(row)[:5], row["seed"], row.get("processor"))
             scores.setdefault(training, set()).add(repr((row["score"], row["loss"])))
     assert len(scores) > len(repair.HEALTHY)
     assert {training: found for training, found in scores.items() if len(found) > 1} == {}

@@ -92,18 +92,7 @@ class Strategy:
     best: bool = True
 
 
-def _without_symptoms(repaired: Continuation, twin: Continuation, source: str, **_: bool) -> Judged:
-    """AutoTrainer's criterion: no symptom is left at the end of a retraining."""
-    del twin, source
-    if repaired.problem:
-        return Judged(False, repaired.problem, None)
-    left = ", ".join(repaired.arm.firing)
-    return Judged(not left, f"symptoms left: {left}" if left else "no symptom is left", None)
-
-
 DIAGNOSER: Final = Strategy("diagnoser")
-AUTOTRAINER: Final = Strategy("autotrainer", judge=_without_symptoms, best=False)
-STRATEGIES: Final = {strategy.name: strategy for strategy in (DIAGNOSER, AUTOTRAINER)}
 
 
 @dataclass(frozen=True, slots=True)

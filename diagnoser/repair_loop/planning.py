@@ -196,7 +196,7 @@ def _of_rule(findings: Sequence[Finding], situation: Situation) -> Iterator[Plan
         local = repair.component == first.component
         places = [f.component for f in findings] if local else [repair.component]
         return [
-            _made(Repair(repair.name, place, repair.parameters), situation)
+            with_numbers(Repair(repair.name, place, repair.parameters), situation)
             for place in dict.fromkeys(places)
             if not any(place != other and _is_in(place, other) for other in places)
         ]
@@ -238,7 +238,7 @@ def _of_rule(findings: Sequence[Finding], situation: Situation) -> Iterator[Plan
     for repair in listed:
         if repair.name == "temper_attention":
             # Averages of the old gradients would hold back for long what got smaller ones.
-            forgotten = _made(Repair("reset_optimizer_state", MODEL), situation)
+            forgotten = with_numbers(Repair("reset_optimizer_state", MODEL), situation)
             yield plan(everywhere(repair), [forgotten])
         if repair.name != "scale_learning_rate":
             yield plan(everywhere(repair))
@@ -311,7 +311,7 @@ def is_of_the_start(finding: Finding) -> bool:
     return bool(names) and all(name.startswith("initial_") for name in names)
 
 
-def _made(repair: Repair, situation: Situation) -> tuple[Repair, str]:
+def with_numbers(repair: Repair, situation: Situation) -> tuple[Repair, str]:
     """Returns an action with its numbers, and where they come from."""
     make = _NUMBERS.get(repair.name)
     if repair.parameters.get("to") == "start":

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal, NoReturn
 from weakref import WeakSet
@@ -16,7 +15,7 @@ from diagnoser.diagnosis import attempt_data, diagnose, is_grave
 from diagnoser.errors import DiagnoserError, RepairError
 from diagnoser.features import feature_tables
 from diagnoser.monitor import Monitor
-from diagnoser.repair import OF_OPTIMIZERS, Applied, Live, Snapshot, apply, schedules_of
+from diagnoser.repair import OF_OPTIMIZERS, Applied, Live, apply, schedules_of
 from diagnoser.repair_loop.forks import Forks
 from diagnoser.repair_loop.inplace import InPlace
 from diagnoser.repair_loop.loop import (
@@ -30,6 +29,7 @@ from diagnoser.repair_loop.loop import (
     round_of_trials,
 )
 from diagnoser.repair_loop.planning import Situation, is_of_the_start
+from diagnoser.repair_loop.states import HealthyStates, live_training
 from diagnoser.report import wording
 from diagnoser.rules import Rule, precision_of
 from diagnoser.runlog import Recording, RunLogWriter
@@ -40,17 +40,7 @@ Mode = Literal["off", "suggest", "apply"]
 MOST_ROUNDS: Final = 4  # of trials, in a run
 MOST_IN_PLACE: Final = 8  # plans; each takes twice a trial's steps of the training
 SETTLING: Final = 20  # steps after a round before the next
-HEALTHY_KEPT: Final = 3  # last states from before any finding, beside the first of all
 RECENT: Final = 3  # measurements, in one of which what is acted on must have held
-RECENT_LOSSES: Final = 10  # whose mean says whether a state is worth going back to:
-NEAR_LOWEST: Final = 1.1  # it is, up to this times the lowest such mean so far
-HEALTHY_APART: Final = 10  # steps between two of them
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    step: int
-    snapshot: Snapshot
 
 
 class ScriptRepairs:
@@ -86,8 +76,7 @@ class ScriptRepairs:
         self._directory, self._say, self._strategy = directory, say, strategy
         self._forks = Forks(monitor, log, directory / "trials", lambda: monitor.schedule.step_s)
         self._runner: Runner = runner or self._forks
-        self._healthy: list[_Kept] = []
-        self._no_snapshots = ""
+        self._healthy = HealthyStates(monitor, log, directory / "snapshots")
         self._tried: list[tuple[Repair, ...]] = []
         self._suggested: set[str] = set()
         self._applied: list[Applied] = []
@@ -96,7 +85,6 @@ class ScriptRepairs:
         self._stepped: set[int] = set()  # identities of parameters
         self._findings: tuple[Finding, ...] = ()
         self._at_repair: dict[tuple[str, str], tuple[float, ...]] = {}
-        self._lowest, self._is_healthy = math.inf, False
         self._rounds = 0
         self._not_before = self._repaired = 0
         self._problem = ""
@@ -134,15 +122,11 @@ class ScriptRepairs:
             and not (self._repaired and is_of_the_start(f))
             and (not f.evidence or max(e.steps[1] for e in f.evidence) >= since)
         )
-        losses = recording.losses.value[-RECENT_LOSSES:]
-        level = float(losses.mean()) if len(losses) else math.nan
-        self._lowest = min(self._lowest, level) if math.isfinite(level) else self._lowest
-        self._is_healthy = not self._findings and level <= NEAR_LOWEST * self._lowest
+        self._healthy.measured(recording, self._findings)
 
     def begins(self) -> None:
         """Is called before the first step: the first state of all is kept."""
-        if not self._healthy and self._monitor.subject is not None:
-            self._keep(-1)
+        self._healthy.begins()
 
     def step_made(self, optimizer: torch.optim.Optimizer) -> None:
         """Is called after every step of an optimizer."""
@@ -161,11 +145,7 @@ class ScriptRepairs:
                 settle(optimizer)
                 self._go_on_in_place(self._in_place)
             return
-        if self._is_healthy:  # it was measured in this step or the one before
-            self._is_healthy = False
-            if self._healthy and step - self._healthy[-1].step >= HEALTHY_APART:
-                settle(optimizer)
-                self._keep(step)
+        self._healthy.step_made(optimizer)
         if not self._findings:
             return
         if self._rounds >= MOST_ROUNDS or step < self._not_before:
@@ -194,7 +174,7 @@ class ScriptRepairs:
         if self._in_place is not None:
             why = "the script built its optimizer anew during the trial"
             self._go_on_in_place(self._in_place, why)
-        live = replace(self._live(), optimizers=[optimizer])
+        live = replace(live_training(self._monitor), optimizers=[optimizer])
         told = []
         for action in self._in_force:
             with suppress(RepairError):  # what it is about, this optimizer does not step
@@ -209,18 +189,18 @@ class ScriptRepairs:
     # -- one round -------------------------------------------------------------------------------
 
     def _round(self, step: int) -> None:
-        live = self._live()
+        live = live_training(self._monitor)
         since = min(f.since_step for f in self._findings)
-        healthy = [kept for kept in self._healthy if kept.step < max(since, 0)]
-        live.healthy = healthy[-1].snapshot if healthy else None
-        live.start = self._healthy[0].snapshot if self._healthy else None
+        healthy, first = self._healthy.before(since), self._healthy.first
+        live.healthy = healthy.snapshot if healthy is not None else None
+        live.start = first.snapshot if first is not None else None
         recording = self._log.recording()
         situation = Situation(
             self._findings,
             recording,
             feature_tables(recording),
             step,
-            healthy[-1].step + 1 if healthy else None,
+            healthy.step + 1 if healthy is not None else None,
         )
         if not self._tries:
             self._suggest(situation)
@@ -346,7 +326,7 @@ class ScriptRepairs:
         self._note(attempt)
         if attempt.kept and trial.applied is not None:
             self._applied.append(trial.applied)
-            self._remember(self._live(), trial.plan.actions)
+            self._remember(live_training(self._monitor), trial.plan.actions)
             self._settle(trial.situation)
         self._not_before = self._monitor.step + SETTLING
 
@@ -360,35 +340,7 @@ class ScriptRepairs:
         self._repaired = self._monitor.step + 1
         self._at_repair = {(f.source, f.component): _observed(f) for f in situation.findings}
         self._findings = ()
-        del self._healthy[1:]
-
-    # -- states to go back to --------------------------------------------------------------------
-
-    def _live(self) -> Live:
-        subject = self._monitor.subject
-        assert subject is not None
-        named = {id(p) for model in subject.models.values() for p in model.parameters()}
-        return Live(
-            subject.models,
-            self._monitor.optimizers,
-            self._monitor.others,
-            free={n: p for n, p in subject.parameters.items() if id(p) not in named},
-            components=(*subject.components, *subject.layers),
-        )
-
-    def _keep(self, step: int) -> None:
-        if self._no_snapshots:
-            return
-        with self._monitor.guard("snapshot"):
-            try:
-                snapshot = Snapshot.take(self._live(), self._directory / "snapshots")
-            except DiagnoserError as error:
-                self._no_snapshots = str(error)
-                self._log.event(max(step, 0), "repairs", str(error), {})
-                return
-            self._healthy.append(_Kept(step, snapshot))
-            if len(self._healthy) > HEALTHY_KEPT + 1:
-                self._healthy.pop(1).snapshot.discard()
+        self._healthy.forget()
 
 
 def _spelled(action: Repair) -> str:
