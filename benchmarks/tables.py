@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from benchmarks import (
     ablation_document,
     benchmark_document,
     curvature_document,
+    difference_document,
+    first_fault,
     repair_document,
     reproductions_document,
     rules_document,
@@ -24,6 +27,7 @@ from benchmarks import (
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+WIDTH = 100  # of a line of text
 SMALL_MS = 30  # of a step; below it the budget is a time a step
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -94,8 +98,34 @@ def overhead() -> str:
 
 def example() -> str:
     """A diagnosis as it was printed."""
-    text = (RESULTS / "example_diagnosis.txt").read_text(encoding="utf-8").rstrip()
-    return f"```text\n{text}\n```"
+    return _printed((RESULTS / "example_diagnosis.txt").read_text(encoding="utf-8"))
+
+
+def first() -> str:
+    """What is printed of the first script with a fault, as far as a newcomer needs it."""
+    page = first_fault.FIRST.read_text(encoding="utf-8")
+    return _printed(page[: page.index("\nchecked and fine")])
+
+
+def rate() -> str:
+    """The whole page on a learning rate that is too high."""
+    return _printed(first_fault.RATE.read_text(encoding="utf-8"))
+
+
+def _printed(text: str) -> str:
+    return f"```text\n{text.rstrip()}\n```"
+
+
+def newcomer() -> str:
+    """How long the first diagnosis takes who has nothing yet, in words."""
+    found = _json("newcomer.json")
+    demo, own = (found[way]["first_diagnosis_s"] / 60 for way in ("demo", "own_script"))
+    return textwrap.fill(
+        f"On {found['cores']} cores it takes {own:.1f} minutes from nothing to this diagnosis, "
+        f"with the clone, a new environment and torch, and {demo:.1f} to the first one of "
+        "`make demo` (`python -m benchmarks.newcomer`).",
+        WIDTH,
+    )
 
 
 DOCUMENTS: dict[Path, Mapping[str, Callable[[], str]]] = {
@@ -106,9 +136,13 @@ DOCUMENTS: dict[Path, Mapping[str, Callable[[], str]]] = {
         "real faults": reproductions_document.summary,
         "overhead": overhead,
     },
+    ROOT / "docs" / "start.md": {"first fault": first, "newcomer": newcomer},
+    ROOT / "docs" / "reading.md": {"rate too high": rate},
+    ROOT / "docs" / "measuring.md": {"overhead": overhead},
     ROOT / "docs" / "curvature.md": curvature_document.BLOCKS,
     ROOT / "docs" / "ablation.md": ablation_document.BLOCKS,
     ROOT / "docs" / "benchmark.md": benchmark_document.BLOCKS,
+    difference_document.DOCUMENT: difference_document.BLOCKS,
     reproductions_document.DOCUMENT: reproductions_document.BLOCKS,
     repair_document.DOCUMENT: repair_document.BLOCKS,
     rules_document.DOCUMENT: rules_document.BLOCKS,

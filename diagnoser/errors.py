@@ -6,6 +6,7 @@
     │   ├── NotARunError        no run here
     │   ├── NewerRunError       written by a newer version
     │   └── DamagedRunError     readable in no part
+    ├── LoggedFileError     a script's own log that cannot be imported
     ├── RuleError           a rule file that cannot be used (path:line:column in the text)
     ├── MeasurementError    a quantity that cannot be measured here, and why
     ├── RepairError         a repair that cannot be applied or tried here, and why
@@ -42,6 +43,10 @@ class NewerRunError(RunLogError):
 
 class DamagedRunError(RunLogError):
     """Nothing of the log can be read."""
+
+
+class LoggedFileError(DiagnoserError):
+    """A log that a script wrote itself and that cannot be imported."""
 
 
 class RuleError(DiagnoserError):

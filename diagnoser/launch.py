@@ -1,26 +1,31 @@
-"""Runs somebody's unmodified training script under the monitor.
+"""Runs somebody's unmodified training script, or module, under the monitor.
 
-The script becomes ``__main__`` as plain Python would make it (argv, ``__file__``, ``sys.path[0]``,
-pickling of its classes, spawned and forked workers), its stdout stays untouched, and a traceback
-shows only its own frames.
+It becomes ``__main__`` as plain Python would make it (argv, ``__file__``, ``sys.path[0]``, pickling
+of its classes, spawned and forked workers), its stdout stays untouched, and a traceback shows only
+its own frames.
 """
 
 from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import gc
+import importlib
+import importlib.util
 import io
 import os
 import sys
 import traceback
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.machinery import SourceFileLoader
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
+from typing import Any
 
 from diagnoser.errors import DiagnoserError, UsageError
+from diagnoser.ranks import Team, end_undisturbed, present
 from diagnoser.repair_loop import DIAGNOSER, Mode, Strategy
 from diagnoser.session import Limit, Stopped, Watch, to_stderr
 from diagnoser.types import Diagnosis, Finding
@@ -48,10 +53,30 @@ class Outcome:
         return any(attempt.kept for attempt in tried) and not self.left
 
 
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What is run as ``__main__``.
+
+    Attributes:
+        name: What its run directory is called after.
+        called: ``sys.argv[0]``.
+        folder: ``sys.path[0]``.
+        code: What is executed.
+        spec: Where it was found as a module; None: it is a file.
+    """
+
+    name: str
+    called: str
+    folder: str
+    code: types.CodeType
+    spec: ModuleSpec | None = None
+
+
 def run_script(
     script: Path | str,
     arguments: Sequence[str],
     *,
+    module: bool = False,
     out: Path | None = None,
     overhead: float = 0.10,
     every: int | None = None,
@@ -60,12 +85,16 @@ def run_script(
     limit: Limit | None = None,
     repair: Mode = "off",
     strategy: Strategy = DIAGNOSER,
+    stop_on: str | None = None,
+    heads: bool = False,
+    track: bool = False,
 ) -> Outcome:
     """Runs a script to its end and diagnoses what was seen, however it ended.
 
     Args:
         script: The Python file; ``sys.argv[0]`` is spelled as it is here.
         arguments: Its command line.
+        module: ``script`` is the name of a module or package, as ``python -m`` takes it.
         out: Run directory; a new one under ``diagnoser-runs/`` if left out.
         overhead: See `session.watch`.
         every: See `session.watch`.
@@ -74,36 +103,44 @@ def run_script(
         limit: When to stop the script, after some more checks; None lets it run to its end.
         repair: See `session.watch`.
         strategy: How repairs are chosen.
+        stop_on: See `session.watch`.
+        heads: See `session.watch`.
+        track: See `session.watch`.
 
     Raises:
-        UsageError: There is no such script, or it is not Python. Nothing has run then.
+        UsageError: There is no such script, or it is not Python. Nothing of it has run then.
         RuleError, ClassifierError: A file that cannot be used.
         RunLogError: The run directory cannot be written.
     """
-    path = Path(script)
-    code = _compiled(path)
+    program = _module(str(script)) if module else _file(Path(script), str(script))
     header = {"script": str(script), "arguments": list(arguments), "python": sys.version.split()[0]}
+    everywhere: dict[str, Any] = {
+        "overhead": overhead,
+        "every": every,
+        "rules": rules,
+        "classifier": classifier,
+        "name": program.name,
+        "header": header,
+        "limit": limit,
+        "heads": heads,
+    }
     watch = Watch(
         out,
-        overhead=overhead,
-        every=every,
-        rules=rules,
-        classifier=classifier,
-        name=path.stem or "run",
-        header=header,
+        **everywhere,
         announce=to_stderr(),
-        limit=limit,
         repair=repair,
         strategy=strategy,
+        stop_on=stop_on,
+        track=track,
     )
     process = os.getpid()
-    with watch:
-        exit_code = _run_as_main(code, str(script), arguments)
+    with watch, _watching_processes(watch, everywhere):
+        exit_code = _run_as_main(program, arguments)
         watch.end_trial(exit_code)
         if os.getpid() != process:  # a forked child that ran to the end of the script
             sys.exit(exit_code)
         watch.finish(exit_code)
-    if watch.directory is None:
+    if watch.directory is None or not watch.diagnoses:  # off, or another rank does
         return Outcome(exit_code, None, None)
     try:
         return Outcome(exit_code, watch.diagnose(), watch.directory, left=watch.left)
@@ -115,14 +152,78 @@ def run_script(
         return Outcome(exit_code, None, watch.directory, problem)
 
 
-def _compiled(script: Path) -> types.CodeType:
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """What a process that a script starts runs, under a watch of its own.
+
+    ``options`` are those of the watch, ``directory`` that of the run.
+    """
+
+    function: Callable[..., Any]
+    directory: Path
+    options: Mapping[str, Any]
+
+    def __call__(self, index: int, *arguments: Any) -> Any:
+        if _present:
+            _present.pop().leave()  # this process is a fork
+        team = Team(self.directory, index)
+        try:
+            watch = Watch(team=team, announce=to_stderr(), **self.options).__enter__()
+        except DiagnoserError:  # the training counts
+            return self.function(index, *arguments)
+        exit_code = 1
+        try:
+            result = self.function(index, *arguments)
+            exit_code = 0
+        except Stopped:
+            exit_code = 0
+        except SystemExit as stop:
+            exit_code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            raise
+        else:
+            return result
+        finally:
+            watch.end(exit_code)
+
+
+_present: list[Watch] = []  # of the script that runs
+
+
+@contextlib.contextmanager
+def _watching_processes(watch: Watch, options: Mapping[str, Any]) -> Iterator[None]:
+    """Has the processes watched that a script trains in: those of ``torch.multiprocessing.spawn``.
+
+    Each logs into the directory of this run, which diagnoses them together when the script ends.
+    """
+    module = importlib.import_module("torch.multiprocessing.spawn")  # and not the function
+    package = importlib.import_module("torch.multiprocessing")
+    original, directory = module.start_processes, watch.directory
+    if directory is None:
+        yield
+        return
+
+    @functools.wraps(original)
+    def start_processes(fn: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        return original(_Watched(fn, directory, options), *arguments, **named)
+
+    _present.append(watch)
+    module.start_processes = package.start_processes = start_processes  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.start_processes = package.start_processes = original  # type: ignore[attr-defined]
+        _present.clear()
+
+
+def _file(script: Path, called: str) -> Program:
+    """Returns a file as a program; ``called`` is how it is spelled."""
     if not script.exists():
         raise UsageError(f"{script}: no such script; give the path of a Python file")
     if script.is_dir():
         raise UsageError(f"{script}: a directory; give the path of a Python file in it")
     try:
         with io.open_code(str(script.absolute())) as file:
-            return compile(file.read(), str(script.absolute()), "exec", dont_inherit=True)
+            code = compile(file.read(), str(script.absolute()), "exec", dont_inherit=True)
     except OSError as error:
         raise UsageError(f"{script}: cannot be read ({error.strerror})") from None
     except SyntaxError as error:
@@ -130,24 +231,76 @@ def _compiled(script: Path) -> types.CodeType:
         raise UsageError(f"{place}: not a Python script ({error.msg})") from None
     except ValueError as error:  # null bytes
         raise UsageError(f"{script}: not a Python script ({error})") from None
+    folder = str(Path(code.co_filename).resolve().parent)
+    return Program(script.stem or "run", called, folder, code)
 
 
-def _run_as_main(code: types.CodeType, script: str, arguments: Sequence[str]) -> int:
-    """Executes code as ``__main__`` and returns the exit code plain Python would have given."""
-    file = code.co_filename
+def _module(name: str) -> Program:
+    """Returns a module, or what is run of a package, as a program; imports neither.
+
+    Where it is found is what ``python -m`` would find from here.
+    """
+    if name.endswith(".py"):
+        raise UsageError(f"-m {name}: a file; give it without -m, or the module without .py")
+    folder = str(Path.cwd())
+    sys.path[0] = folder
+    spec = _spec(name)
+    if spec is not None and spec.submodule_search_locations is not None:
+        name, spec = f"{name}.__main__", _spec(f"{name}.__main__")
+        if spec is None:
+            raise UsageError(f"-m {name.removesuffix('.__main__')}: a package without __main__")
+    if spec is None:
+        raise UsageError(f"-m {name}: no such module; is it installed, or a file in {folder}?")
+    try:
+        code = spec.loader.get_code(name)  # type: ignore[union-attr]
+    except (ImportError, AttributeError):  # of a loader that has none
+        code = None
+    except SyntaxError as error:
+        raise UsageError(f"{error.filename}:{error.lineno}: not Python ({error.msg})") from None
+    if code is None:
+        raise UsageError(f"-m {name}: not written in Python; it cannot be run as a script")
+    return Program(name.removesuffix(".__main__"), spec.origin or name, folder, code, spec)
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    """Returns where a module would be found; packages around it are looked into, not imported."""
+    first, *rest = name.split(".")
+    try:
+        spec = importlib.util.find_spec(first)
+    except (ImportError, ValueError):  # an empty name, a module that hides where it is from
+        return None
+    for part in rest:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        spec = PathFinder.find_spec(f"{spec.name}.{part}", spec.submodule_search_locations)
+    return spec
+
+
+def _run_as_main(program: Program, arguments: Sequence[str]) -> int:
+    """Executes a program as ``__main__``; returns the exit code plain Python would have given."""
+    file, spec = program.code.co_filename, program.spec
     main = types.ModuleType("__main__")
     main.__dict__.update(
-        __file__=file,
+        __file__=file if spec is None else spec.origin,
         __builtins__=builtins,
-        __loader__=SourceFileLoader("__main__", file),
-        __spec__=None,
-        __cached__=None,
+        __loader__=SourceFileLoader("__main__", file) if spec is None else spec.loader,
+        __spec__=spec,
+        __cached__=None if spec is None else spec.cached,
     )
-    sys.modules["__main__"] = main
-    sys.argv = [script, *arguments]
-    sys.path[0] = str(Path(file).resolve().parent)
+    if spec is not None:
+        main.__package__ = spec.parent
+    sys.argv = ["-m" if spec is not None else program.called, *arguments]
+    sys.path[0] = program.folder
     try:
-        exec(code, main.__dict__)
+        if spec is not None and spec.parent:
+            importlib.import_module(spec.parent)
+        sys.argv[0] = program.called
+        sys.modules["__main__"] = main
+        try:
+            exec(program.code, main.__dict__)
+        finally:
+            if present() is not None:
+                end_undisturbed()
     except SystemExit as stop:
         return _exit_code(stop.code)
     except Stopped:

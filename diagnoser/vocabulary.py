@@ -134,7 +134,8 @@ PLACES: Final[dict[str, str]] = {
 }
 
 
-STOPPED: Final = "stopped"  # a fact of a run that was watched for its first steps alone
+STOPPED: Final = "stopped"  # a fact of a run that was ended before its time, by us
+UNKNOWN: Final = "unknown"  # a fact that says why a feature, named as its component, is not known
 
 
 def severity_rank(severity: str) -> int:

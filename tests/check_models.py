@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +150,7 @@ def checked(
     optimizer: torch.optim.Optimizer | None = None,
     step: int = 0,
     losses: Sequence[LossCall] = (),
+    memory: dict[str, Any] | None = None,
 ) -> Found:
     """Runs all checks on one call of a model, as the monitor would."""
     given = model(*inputs) if output is None else output
@@ -157,7 +159,8 @@ def checked(
     subject = Subject({"": model}, {})
     calls = Calls([Call(model, inputs, {}, given, model.training, True, None)], list(losses))
     optimizers = [optimizer or torch.optim.AdamW(model.parameters())]
-    return examine(Seen(step, calls, loss, subject.parameters, subject.layer_of, optimizers, {}))
+    kept = {} if memory is None else memory
+    return examine(Seen(step, calls, loss, subject.parameters, subject.layer_of, optimizers, kept))
 
 
 def numbers(found: Found, quantity: str) -> list[float]:

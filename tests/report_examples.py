@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 from hypothesis import strategies as st
 
-from diagnoser.report import ReportComponent, ReportData
+from diagnoser.report import ReportComponent, ReportData, render_report
+from diagnoser.report.data import QUANTITIES
 from diagnoser.types import (
     Arm,
     Attempt,
@@ -272,6 +273,64 @@ def report_data(
         coupling=coupling,
         coupling_step=400,
         cost=Cost(400, measured, 40.1, 3.2),
+    )
+
+
+LARGE = 200, 500  # components and measured steps of the largest run that a page is promised for
+
+
+def large_data() -> ReportData:
+    """A history of that size with every quantity at every step, all of it noise: nothing packs."""
+    rows, measured = LARGE
+    kinds = ("query", "key", "value", "output")
+    components = tuple(
+        ReportComponent(
+            f"transformer.encoder.layer.{k // 10}.attention.self.{kinds[k % 4]}_projection[{k}]",
+            kinds[k % 4],
+            f"transformer.encoder.layer.{k // 10}",
+        )
+        for k in range(rows)
+    )
+    noise = np.random.default_rng(1)
+    quantities = {name: 10 ** noise.normal(-2, 1, (rows, measured)) for name in QUANTITIES}
+    quantities["gradient_cosine"] = noise.uniform(-1, 1, (rows, measured))
+    return replace(report_data(components, measured), quantities=quantities)
+
+
+def hostile_page(name: str) -> str:
+    diagnosis = han_diagnosis()
+    finding = replace(SHARPNESS, component=name, other=name, message=name, source=f"rule:{name}")
+    finding = replace(
+        finding, evidence=(replace(SHARPNESS.evidence[0], feature=name, method=name),)
+    )
+    diagnosis = replace(
+        diagnosis,
+        run=name,
+        reason=name,
+        causes=(RankedCause("learning_rate_too_high", name),),
+        findings=(finding,),
+        unknown=tuple(
+            replace(u, rule=name, component=name, reason=name) for u in diagnosis.unknown
+        ),
+        checked=tuple(replace(c, title=name) for c in diagnosis.checked),
+        repairs=(
+            replace(
+                LOWERED,
+                source=name,
+                component=name,
+                actions=(Repair("change_activation", name, {"to": name, name: name}),),
+                derivation=name,
+                guarantee=name,
+                reason=name,
+                after=Arm(20, 1.0, finding.evidence, (name,) * 9),
+            ),
+        ),
+    )
+    components = (ReportComponent(name, "head", name), ReportComponent(f"{name}2", "head", name))
+    data = report_data(components)
+    return render_report(
+        diagnosis,
+        replace(data, quantities={**data.quantities, name: data.quantities["lambda_max"]}),
     )
 
 

@@ -214,4 +214,8 @@ def known_numbers(log: bytes, directory: Path) -> set[tuple[str, str]]:
             for name, value in zip(of.names, values.tolist(), strict=True)
             if not math.isnan(value)
         }
-    return {(name, column) for name, column in found if family_of(column) != "P"}
+    return {
+        (name, column)
+        for name, column in found
+        if family_of(column) != "P" and not column.startswith("accuracy")
+    }

@@ -83,6 +83,7 @@ def test_a_faulty_script_is_stopped_and_named_before_it_is_run(tmp_path):
     assert done.returncode == 1
     assert done.stdout == "begin\n"
     assert "Traceback" not in done.stderr
+    assert "instead of 10%" not in done.stderr  # it was asked for all checks
     assert diagnosis["verdict"] == "faulty"
     assert diagnosis["causes"][0]["cause"] == "softmax_axis"
     assert "check:softmax-over-another-axis" in diagnosis["causes"][0]["because"]

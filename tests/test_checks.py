@@ -165,6 +165,15 @@ def test_activations_grow_from_block_to_block_as_their_weights_do(gain):
     assert "activation_growth" in checked(Deep(gain), x, target=target, step=20).unknown
 
 
+def test_that_there_were_no_equal_blocks_is_remembered():
+    torch.manual_seed(0)
+    x, target = torch.randn(16, 8), torch.arange(16) % CLASSES
+    memory = {}
+    for step in (0, 20):
+        found = checked(Deep(1.0, depth=2), x, target=target, step=step, memory=memory)
+        assert found.unknown["activation_growth"] == "no list of three equal blocks"
+
+
 def test_binary_targets_that_are_no_probabilities_and_smoothing_onto_padding():
     torch.manual_seed(0)
     model, x = nn.Linear(4, 1), torch.randn(8, 4)
@@ -566,6 +575,16 @@ def test_what_padding_holds_has_no_influence_behind_a_mask():
     assert numbers(classified("pooled padding"), "padding_influence")[0] > 0.05
     assert numbers(classified("unmasked"), "padding_influence")[0] > 0.05
     assert numbers(classified(""), "padding_influence") == [0.0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_word_that_stands_at_the_end_by_chance_is_no_padding(seed):
+    """In short batches of words without any, some word stands once, and at an end."""
+    torch.manual_seed(seed)
+    tokens = torch.randint(3, VOCABULARY - 1, (5, LENGTH))
+    tokens[seed, -1] = VOCABULARY - 1
+    found = checked(Classifier("unmasked"), tokens, target=torch.arange(5) % CLASSES)
+    assert found.unknown["padding_weight"].startswith("no padding was seen")
 
 
 class Recurrent(nn.Module):
@@ -1693,6 +1712,34 @@ def test_an_attention_is_read_however_it_is_written(how):
     if not how.startswith("additive"):
         assert numbers(found, "attention_scale") == pytest.approx([1.0])
         assert numbers(found, "masked_rows") == [0.0]
+
+
+class Fused(nn.Module):
+    """Torch's own attention, which shows only what goes into it, over padded tokens."""
+
+    def __init__(self, heads, masked):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, heads, batch_first=True)
+        self.head = nn.Linear(WIDTH, CLASSES)
+        self.masked = masked
+
+    def forward(self, tokens):
+        x = self.embedding(tokens)
+        mask = tokens == PADDING if self.masked else None
+        mixed = self.attention(x, x, x, key_padding_mask=mask, need_weights=False)[0]
+        return self.head(mixed[:, 0])
+
+
+@pytest.mark.parametrize(("size", "heads"), [(32, 1), (32, 2), (32, 4), (48, 2), (96, 4), (10, 2)])
+def test_of_a_large_batch_samples_are_not_taken_for_heads(size, heads):
+    """Of a fused attention some samples are looked at: with heads they may be as many as all."""
+    torch.manual_seed(0)
+    tokens, target = batch(size)
+    found = checked(Fused(heads, masked=True), tokens, target=target)
+    assert numbers(found, "padding_weight") == pytest.approx([0.0], abs=1e-6)
+    found = checked(Fused(heads, masked=False), tokens, target=target)
+    assert numbers(found, "padding_weight")[0] > 0.7
 
 
 def test_a_softmax_that_weights_nothing_is_no_attention():

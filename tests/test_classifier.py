@@ -559,3 +559,24 @@ def test_importing_the_room_imports_no_learning_library():
     code = "import diagnoser.classifier, sys; print(*{'sklearn', 'torch'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_the_last_digit_of_a_processor_moves_nobody_beyond_the_usual():
+    """Vector units and libraries round an inverse hyperbolic sine to one neighbour or the other."""
+    rng = np.random.default_rng(0)
+    columns = ("a", "b")
+    numbers = rng.standard_normal((200, 2)).round(2)
+    names, kinds = tuple(map(str, range(200))), ("norm",) * 200
+    of = Vectors({}, dict(zip(columns, numbers.T, strict=True)), names, kinds)
+    usual = learn_reference([of], columns)
+    shaken = Vectors(
+        {},
+        {
+            name: values * (1 + 2e-16 * rng.choice([-1, 1], 200))
+            for name, values in of.components.items()
+        },
+        names,
+        kinds,
+    )
+    assert np.array_equal(usual.excess(of), usual.excess(shaken))
+    assert len(np.unique(usual.excess(of))) > 100

@@ -19,6 +19,8 @@ import torch
 from diagnoser import watch
 from diagnoser.classifier import Example, Vectors, fit, save
 from diagnoser.cli import main
+from diagnoser.runlog import RunLogWriter
+from diagnoser.types import Component, Estimate, Measurement, Part
 
 SHIPPED = Path(__file__).parents[1] / "rules" / "diagnoser"
 
@@ -218,6 +220,89 @@ def test_a_report_that_cannot_be_written_is_refused_in_one_line(run, tmp_path, c
     assert str(place) in refused(capsys, "report", run, "-o", place)
 
 
+# -- diff ------------------------------------------------------------------------------------------
+
+
+def logged(directory: Path, *names: str, steps: int = 60, since: int | None = None) -> Path:
+    """Writes a log in which the last component's gradient is 500 times as large from a step on."""
+    noise = np.random.default_rng(len(directory.name))
+    parts = [Component(name, "other", name, i, (Part(name),), 9) for i, name in enumerate(names)]
+    with RunLogWriter(directory, directory.name, {"arguments": ["--out", directory.name]}) as log:
+        log.components(0, parts)
+        for step in range(steps):
+            log.loss(step, 1.0 / (1.0 + step) + 0.01 * noise.random())
+            if step % 5 == 0:
+                rows = []
+                for name in names:
+                    left = name == names[-1] and since is not None and step >= since
+                    value = noise.lognormal(0.0, 0.1) * (500.0 if left else 1.0)
+                    rows.append(Measurement(step, "gradient_norm", name, Estimate(value)))
+                log.measurement(step, rows, 0.001)
+        log.end(0, None)
+    return directory
+
+
+def test_diff_exits_with_what_it_says_and_names_what_left_first(tmp_path, capsys):
+    good, other = logged(tmp_path / "good", "a", "b"), logged(tmp_path / "other", "a", "b")
+    assert main(["diff", str(good), str(other)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("same: ") and "argument --out: good -> other" in out
+    bad = logged(tmp_path / "bad", "a", "b", since=30)
+    assert main(["diff", str(good), str(bad)]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("different: ") and " 1. b from step 30\n" in out
+    assert max(map(len, out.splitlines())) <= 80
+    for unlike in (logged(tmp_path / "model", "x"), logged(tmp_path / "short", "a", "b", steps=3)):
+        assert main(["diff", str(good), str(unlike)]) == 3
+        assert capsys.readouterr().out.startswith("inconclusive: ")
+
+
+def test_diff_json_is_valid_and_the_same_each_time(healthy_run, tmp_path, capsys):
+    assert main(["diff", "--json", str(healthy_run), str(healthy_run)]) == 0
+    same = json.loads(capsys.readouterr().out)
+    assert (same["schema"], same["verdict"]) == ("diagnoser.difference/1", "same")
+    assert same["departed"] == same["settings"] == []
+    good, bad = (
+        logged(tmp_path / name, "a", "b", since=since) for name, since in (("g", None), ("b", 20))
+    )
+    said = []
+    for _ in range(2):
+        assert main(["diff", "--json", str(good), str(bad)]) == 1
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    (left,) = json.loads(said[0])["departed"]
+    assert (left["component"], left["since_step"]) == ("b", 20)
+
+
+def test_diff_tells_of_damaged_lines_and_of_hostile_names(tmp_path, capsys):
+    names = ("a", "x\x1b[31m[red]\u202e")
+    good, bad = logged(tmp_path / "good", *names), logged(tmp_path / "bad", *names, since=30)
+    log = bad / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([*lines[:-2], b'{"record": "loss"}\n', b"\x00\n", *lines[-2:]]))
+    assert main(["diff", str(good), str(bad)]) == 1
+    out = capsys.readouterr().out
+    assert "2 damaged lines in the log of the other run" in out
+    assert "x\\x1b[31m[red]\\u202e from step 30" in out and "\x1b" not in out
+
+
+@pytest.mark.parametrize("spoiled", [0, 1])
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (shutil.rmtree, "missing"),
+        (lambda run: (run / "log.jsonl").write_text(""), "not the header"),
+        (lambda run: (run / "log.jsonl").unlink(), "no log.jsonl"),
+    ],
+)
+def test_what_is_not_a_run_is_compared_with_none(healthy_run, run, capsys, spoil, says, spoiled):
+    spoil(run)
+    runs = [healthy_run, healthy_run]
+    runs[spoiled] = run
+    line = refused(capsys, "diff", *runs)
+    assert says in line and str(run) in line
+
+
 # -- rules and cases -------------------------------------------------------------------------------
 
 
@@ -328,7 +413,7 @@ def test_options_out_of_range_are_refused_in_one_line(tmp_path, capsys, option):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["no-such"], ["run"], ["run", "--no-such", "x.py"], ["rules"], ["diagnose"]]
+    "arguments", [[], ["no-such"], ["run", "--no-such", "x.py"], ["rules"], ["diagnose"]]
 )
 def test_a_command_line_that_cannot_be_understood_exits_with_2(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
@@ -342,10 +427,31 @@ def test_a_script_in_the_place_of_a_command_is_told_the_command(capsys):
     assert "diagnoser run train.py" in refused(capsys, "train.py", "--epochs", "3")
 
 
-def test_only_what_is_missing_is_said_to_be_missing(capsys):
-    with pytest.raises(SystemExit):
-        main(["run"])
-    assert "required: SCRIPT\n" in capsys.readouterr().err
+@pytest.mark.parametrize("arguments", [["run"], ["run", "-m"], ["run", "--"], ["check"]])
+def test_a_script_that_is_missing_is_asked_for(capsys, arguments):
+    assert "no script was given" in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("no_such_module_there", "no such module"),
+        ("", "no such module"),
+        ("torch.no_such", "no such module"),
+        ("train.py", "without .py"),
+        ("package", "without __main__"),
+        ("package.prose", "prose.py:2"),
+        ("_bisect", "not written in Python"),
+    ],
+)
+def test_what_is_not_a_module_is_refused_in_one_line(tmp_path, capsys, monkeypatch, name, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("raise AssertionError('was imported')")
+    (tmp_path / "package" / "prose.py").write_text("x = 1\nthis is no Python\n")
+    assert says in refused(capsys, "run", "--out", tmp_path / "run", "-m", name)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_output_directory_that_cannot_be_used_is_refused_in_one_line(
@@ -383,11 +489,11 @@ def test_a_reader_that_is_gone_does_not_change_the_exit_code(tmp_path, verdict_a
     assert done.returncode == (3 if verdict_asked_for else 0)
 
 
-def test_a_reader_that_is_gone_is_not_a_verdict(healthy_run):
+@pytest.mark.parametrize("command", ["diagnose", "diff"])
+def test_a_reader_that_is_gone_is_not_a_verdict(healthy_run, command):
     program = READER_GONE.format(descriptor=1)
-    done = subprocess.run(
-        [sys.executable, "-c", program, "diagnose", str(healthy_run)], check=False, timeout=60
-    )
+    runs = [str(healthy_run)] * (2 if command == "diff" else 1)
+    done = subprocess.run([sys.executable, "-c", program, command, *runs], check=False, timeout=60)
     assert done.returncode == 2
 
 
@@ -413,6 +519,7 @@ def test_everything_about_a_recorded_run_works_without_torch(run):
     for absent, arguments in (
         (heavy, ["diagnose", str(run)]),
         (heavy, ["report", str(run)]),
+        ([*heavy, "sklearn", "scipy"], ["diff", str(run), str(run)]),
         ([*heavy, "sklearn"], ["diagnose", "--json", "--classifier", "off", str(run)]),
         ([*heavy, "sklearn"], ["report", "--classifier", "off", str(run)]),
         ([*heavy, "sklearn"], ["rules", "list"]),

@@ -198,13 +198,15 @@ class Normed(nn.Module):
         return self.body(x)
 
 
-def training(backend, measure, dropout):
+def training(backend, measure, dropout, in_place):
     """Trains for some steps; returns all that measuring could have changed."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
     model = Normed(dropout)
-    wrapped = torch.compile(model, backend=backend)
+    if in_place:
+        model.compile(backend=backend)
+    wrapped = model if in_place else torch.compile(model, backend=backend)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     losses = []
     for step in range(6):
@@ -212,12 +214,14 @@ def training(backend, measure, dropout):
         optimizer.zero_grad()
         if measure and step % 2:
             plain, state = copy.deepcopy(model), torch.get_rng_state()
+            call = wrapped._compiled_call_impl
             with CompiledCalls(wrapped.modules()) as calls:
                 loss = F.cross_entropy(wrapped(x), y)
             after = torch.get_rng_state()
             with ReplayHessian(loss, dict(model.named_parameters()), calls.calls) as hessian:
                 v = random_vector(hessian.parameters, step)
                 product = flat(hessian.product(v))
+            assert wrapped._compiled_call_impl is call
             assert not wrapped._forward_hooks
             assert not wrapped._forward_pre_hooks
             assert torch.equal(torch.get_rng_state(), after)
@@ -236,12 +240,14 @@ def training(backend, measure, dropout):
 
 
 @pytest.mark.parametrize(
-    ("backend", "dropout"),
+    ("backend", "dropout", "in_place"),
     [
-        ("aot_eager", 0.5),
+        ("aot_eager", 0.5, False),
+        ("aot_eager", 0.5, True),
         pytest.param(
             "inductor",
             0.0,
+            False,
             marks=[
                 pytest.mark.slow,
                 pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
@@ -249,9 +255,11 @@ def training(backend, measure, dropout):
         ),
     ],
 )
-def test_training_is_bit_identical_products_exact_and_nothing_compiled_again(backend, dropout):
-    plain = training(backend, False, dropout)
-    assert training(backend, True, dropout) == plain
+def test_training_is_bit_identical_products_exact_and_nothing_compiled_again(
+    backend, dropout, in_place
+):
+    plain = training(backend, False, dropout, in_place)
+    assert training(backend, True, dropout, in_place) == plain
 
 
 def test_an_error_in_a_product_leaves_the_users_backward_as_it_was():
@@ -303,10 +311,11 @@ def test_compiled_code_that_is_no_noted_call_is_refused():
     model = nn.Linear(3, 1)
     function = torch.compile(lambda x: model(x).square().sum(), backend="aot_eager")
     assert "compiled function" in refusal(model, lambda: function(x))
-    in_place = Normed(0.0)
-    in_place.compile(backend="aot_eager")
-    assert "compiled in place" in refusal(in_place, lambda: in_place(torch.rand(8, 4)).sum())
-    assert compiled_modules(in_place) == [""]
+    in_place = nn.Sequential(Normed(0.0))
+    in_place[0].compile(backend="aot_eager")
+    points = torch.rand(8, 4)
+    assert "compiled function" in refusal(in_place, lambda: in_place(points).sum(), nn.Identity())
+    assert compiled_modules(in_place) == ["0"]
     assert compiled_modules(nn.Sequential(compiled(nn.Linear(3, 3)))) == ["0"]
     assert compiled_modules(nn.Linear(3, 3)) == []
 

@@ -81,6 +81,17 @@ def test_without_a_finite_loss_nothing_is_healthy() -> None:
     assert judged([math.nan] * 40, FINE, rules) == ("inconclusive", "no finite loss was seen")
 
 
+def test_a_healthy_run_that_only_guesses_is_told_so() -> None:
+    series = {**FINE, "classes": {"model": [10.0] * 8}}
+    chance = math.log(10)
+    for share, told in ((1.0, True), (0.93, True), (0.9, False), (0.1, False)):
+        verdict, reason = judged([share * chance] * 40, series, [])
+        assert verdict == "healthy"
+        assert ("at step 35 the loss was still that of guessing" in reason) is told
+    unknown = {**series, "classes": {"model": [math.nan] * 8}}
+    assert "guessing" not in judged([chance] * 40, unknown, [])[1]
+
+
 def test_a_defect_is_told_however_little_was_seen(tmp_path: Path) -> None:
     rules = family(tmp_path, rule("defect", "zero_share"))
     series = {"zero_share": {"embed": [1.0]}}
@@ -214,6 +225,23 @@ def test_a_symptom_is_put_under_a_cause_in_its_place(
     assert causes == (["attention_scale", *own] if explained else own)
     assert (("normalization", symptom[0]) in ranked(diagnosis)) is not explained
     assert ("attention_scale", cause[0]) in ranked(diagnosis)
+
+
+def test_what_was_replaced_is_known_by_what_stands_in_its_place(tmp_path: Path) -> None:
+    old = "param_groups[0].3"
+    diagnosis = diagnosed(
+        tmp_path,
+        {
+            "zero_share": {old: since(0)},
+            "moment_ratio": {old: since(0)},
+            "step_lambda": {"a": since(1)},
+        },
+        rule("symptom", "zero_share", fault="dying_relu"),
+        rule("grave", "moment_ratio", severity="high", explains=["dying_relu"], fault="dying_relu"),
+        rule("new", "step_lambda", causes=["residual"], severity="high", explains=["dying_relu"]),
+    )
+    assert ranked(diagnosis)[0] == ("residual", "a")
+    assert {f.causes[0].cause for f in diagnosis.findings} == {"residual"}
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from diagnoser.statistics import AttentionStatistics, InputStatistics, read_graph
+from diagnoser.statistics import (
+    AttentionStatistics,
+    InputStatistics,
+    cross_entropy_of,
+    loss_factor,
+    read_graph,
+)
 
 torch.set_num_threads(1)
 
@@ -301,3 +309,103 @@ def test_a_weight_without_a_gradient_kept_nothing_of_its_input():
     layer = nn.Linear(2, 2)
     layer.weight.requires_grad_(False)
     assert read_graph(layer(torch.ones(3, 2)).sum()).inputs == []
+
+
+LOGITS = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+
+
+def of_scores(reading: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    return reading(LOGITS.clone().requires_grad_(), LABELS)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        F.cross_entropy,
+        lambda scores, labels: F.nll_loss(scores.log_softmax(1), labels),
+        lambda scores, labels: 0.5 * F.cross_entropy(scores, labels) / torch.tensor(3.0),
+        lambda scores, labels: 0.0 + F.cross_entropy(scores, labels).clone() * 2,
+        lambda scores, labels: F.cross_entropy(scores, labels, label_smoothing=0.1) / 4,
+        lambda scores, labels: F.cross_entropy(
+            scores, labels, torch.tensor([1.0, 2.0, 3.0]), label_smoothing=0.1
+        ),
+        lambda scores, labels: F.cross_entropy(
+            scores, labels, reduction="sum", label_smoothing=0.1
+        ),
+        lambda scores, labels: F.cross_entropy(
+            scores, labels.where(labels > 0, -100), label_smoothing=0.1
+        ),
+    ],
+)
+def test_a_cross_entropy_is_known_when_scaled_or_smoothed(loss) -> None:
+    found = cross_entropy_of(of_scores(loss))
+    assert found is not None
+    assert torch.equal(found._saved_self, LOGITS.log_softmax(1))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda scores, labels: F.cross_entropy(scores, labels) + F.cross_entropy(-scores, labels),
+        lambda scores, labels: F.cross_entropy(scores, labels) + 0.1 * scores.square().mean(),
+        lambda scores, labels: F.cross_entropy(scores, labels) * scores.std(),
+        lambda scores, labels: (F.cross_entropy(scores, labels) - 0.1).abs(),
+        lambda scores, labels: F.mse_loss(scores, F.one_hot(labels, 3).float()) / 2,
+        lambda scores, labels: scores.requires_grad_(False).sum(),
+    ],
+)
+def test_what_is_more_than_a_cross_entropy_is_not_one(loss) -> None:
+    assert cross_entropy_of(of_scores(loss)) is None
+
+
+class Returning(nn.Module):
+    """A model that returns what ``outputs`` makes of its scores and of others it does not use."""
+
+    def __init__(self, outputs: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.used, self.unused, self.outputs = nn.Linear(3, 3), nn.Linear(3, 3), outputs
+
+    def forward(self, x: Tensor) -> object:
+        return self.outputs(self.used(x), self.unused(x))
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize(
+    ("outputs", "loss"),
+    [
+        (lambda used, _: F.cross_entropy(used, LABELS), lambda out: out * 2),
+        (lambda used, _: (F.cross_entropy(used, LABELS), used), lambda out: out[0] * 2),
+        (
+            lambda used, other: (None, LABELS, other, 7, F.cross_entropy(used, LABELS)),
+            lambda out: out[-1] * 2,
+        ),
+        (
+            lambda used, other: {"a": other, "b": used},
+            lambda o: F.cross_entropy(o["b"], LABELS) * 2,
+        ),
+    ],
+)
+def test_a_graph_is_read_through_what_ddp_puts_behind_a_model(outputs, loss) -> None:
+    model = Returning(outputs)
+    root = loss(DistributedDataParallel(model, find_unused_parameters=True)(LOGITS))
+    likelihood = cross_entropy_of(root)
+    assert likelihood is not None
+    assert torch.equal(likelihood._saved_self, model.used(LOGITS).log_softmax(1))
+    assert loss_factor(root) == pytest.approx(2.0)
+    reading = read_graph(root)
+    assert reading.loss is not None and reading.loss.is_whole
+    assert {id(p) for p in reading.parameters} == {id(p) for p in model.used.parameters()}
+
+
+@pytest.mark.usefixtures("group_of_one")
+def test_probabilities_are_seen_to_enter_a_loss_behind_ddp() -> None:
+    model = Returning(lambda used, other: (other, used.softmax(1)))
+    _, shares = DistributedDataParallel(model, find_unused_parameters=True)(LOGITS)
+    assert read_graph(F.cross_entropy(shares, LABELS)).probabilities_into_loss is not None

@@ -68,6 +68,10 @@ def plain(folder: Path, script: str, *arguments: str) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, check=False)
 
 
+def plain_module(folder: Path, *words: str) -> subprocess.CompletedProcess[bytes]:
+    return plain(folder, "-m", *words)
+
+
 def watched(folder: Path, script: str, *arguments: str, options=(), **extra: Any) -> Done:
     run = folder / "run"
     command = watched_command(script, *arguments, run=run, options=options)
@@ -122,6 +126,48 @@ def test_the_script_is_main_as_in_plain_python(tmp_path):
     assert done.recording.ending.exit_code == 0
     assert done.diagnosis["verdict"] == "healthy"
     assert "healthy" in done.stderr and "report.html" in done.stderr
+
+
+MODULE = """
+    import os, sys
+    from . import neighbour
+    from torch.utils.data import DataLoader
+    class Data:
+        def __len__(self): return 4
+        def __getitem__(self, i): return i, __name__ != "__main__"
+    if __name__ == "__main__":
+        print(sys.argv, __file__, __name__, __package__, sys.path[0], neighbour.__name__)
+        print(__spec__.name, type(__loader__).__name__, os.path.basename(__cached__))
+        print(sorted(n for n in globals() if n.startswith("__") and n != "__annotations__"))
+        method = "fork" if __spec__.name == "package.__main__" else "spawn"  # as Python allows
+        loader = DataLoader(Data(), 2, num_workers=1, multiprocessing_context=method)
+        print([[part.tolist() for part in batch] for batch in loader])
+        train(25)
+"""
+
+
+@pytest.mark.parametrize("name", ["package", "package.inner.job"])
+def test_a_module_is_main_as_with_python_m(tmp_path, name):
+    for place in ("package/__main__.py", "package/inner/job.py"):
+        write(tmp_path, MODULE, place)
+        (tmp_path / place).with_name("neighbour.py").write_text("")
+    for place in ("package", "package/inner"):
+        (tmp_path / place / "__init__.py").write_text("import sys; print(sys.argv, __name__)")
+    arguments = ("--out", "x", "-m", "y", "--", "-1")
+    expected = plain_module(tmp_path, name, *arguments)
+    done = watched(tmp_path, name, *arguments, options=("-m",))
+    assert expected.returncode == 0, expected.stderr.decode()
+    assert (done.code, done.stdout) == (0, expected.stdout)
+    assert done.recording.losses.step.tolist() == list(range(25))
+    assert done.recording.header["script"] == name
+
+
+def test_two_dashes_before_the_script_are_ours_and_behind_it_its_own(tmp_path):
+    write(tmp_path, "import sys; print(sys.argv)")
+    expected = plain(tmp_path, "script.py", "--", "--out", "x")
+    done = watched(tmp_path, "script.py", "--", "--out", "x", options=("--",))
+    assert (done.code, done.stdout) == (0, expected.stdout)
+    assert b"['script.py', '--', '--out', 'x']" in done.stdout
 
 
 def test_a_traceback_is_the_script_s_alone_and_nothing_measured_is_lost(tmp_path):

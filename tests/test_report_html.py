@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 from report_examples import (
     HOSTILE,
+    LARGE,
     LOWERED,
     PROJECTION,
     SHARPNESS,
     diagnoses,
     han_diagnosis,
     healthy_diagnosis,
+    hostile_page,
+    large_data,
     repaired_diagnosis,
     report_data,
 )
@@ -44,8 +47,9 @@ from diagnoser.report.drawing import (
     line_path,
     scale_of,
 )
+from diagnoser.report.wording import number
 from diagnoser.runlog import RunLogWriter, read_run
-from diagnoser.types import Arm, Component, Cost, Estimate, Measurement, RankedCause, Repair
+from diagnoser.types import Component, Cost, Estimate, Measurement
 
 VOID = {"meta", "img", "br", "input", "link", "hr"}
 
@@ -199,43 +203,6 @@ def test_scripts_and_attributes_are_ours_alone(page):
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
 
 
-def hostile_page(name: str) -> str:
-    diagnosis = han_diagnosis()
-    finding = replace(SHARPNESS, component=name, other=name, message=name, source=f"rule:{name}")
-    finding = replace(
-        finding, evidence=(replace(SHARPNESS.evidence[0], feature=name, method=name),)
-    )
-    diagnosis = replace(
-        diagnosis,
-        run=name,
-        reason=name,
-        causes=(RankedCause("learning_rate_too_high", name),),
-        findings=(finding,),
-        unknown=tuple(
-            replace(u, rule=name, component=name, reason=name) for u in diagnosis.unknown
-        ),
-        checked=tuple(replace(c, title=name) for c in diagnosis.checked),
-        repairs=(
-            replace(
-                LOWERED,
-                source=name,
-                component=name,
-                actions=(Repair("change_activation", name, {"to": name, name: name}),),
-                derivation=name,
-                guarantee=name,
-                reason=name,
-                after=Arm(20, 1.0, finding.evidence, (name,) * 9),
-            ),
-        ),
-    )
-    components = (ReportComponent(name, "head", name), ReportComponent(f"{name}2", "head", name))
-    data = report_data(components)
-    return render_report(
-        diagnosis,
-        replace(data, quantities={**data.quantities, name: data.quantities["lambda_max"]}),
-    )
-
-
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_names_stay_text(name, page):
     hostile = Page(hostile_page(name))
@@ -289,6 +256,87 @@ def test_a_long_run_stays_small():
     text = render_report(han_diagnosis(), long)
     assert len(text.encode()) < 500_000
     assert "1 of 2 measurements" in Page(text).words()
+
+
+def test_the_largest_run_stays_small_and_has_every_component():
+    text = render_report(repaired_diagnosis(), large_data())
+    assert len(text.encode()) < 500_000
+    read = Page(text)
+    assert len(read.all("img")) == len(QUANTITIES) + 1
+    body = text[text.index('id="components-table"') :]
+    assert body[: body.index("</table>")].count("<tr") == 1 + LARGE[0]
+    words = read.words()
+    for component in large_data().components:
+        assert component.name in words
+    assert re.search(r"1 of \d+ measurements", words)
+
+
+def layered(size: int, layer: int) -> tuple[ReportComponent, ...]:
+    return tuple(
+        ReportComponent(f"block{k // layer}.part{k}", "linear", f"block{k // layer}")
+        for k in range(size)
+    )
+
+
+def names_of(text: str) -> list[str]:
+    """Returns what stands beside the rows of the first heat map."""
+    first = text[text.index('<ol class="names') :]
+    return re.findall(r"<bdi>(.*?)</bdi>", first[: first.index("</ol>")])
+
+
+def test_rows_of_a_heat_map_are_parted_by_layer_and_named_while_there_is_room():
+    few = layered(12, 4)
+    text = render_report(healthy_diagnosis(), report_data(few))
+    assert names_of(text) == [component.name for component in few]
+    assert 'd="M0 4h1M0 8h1"' in text
+    assert text.count('<li class="first">') == 2 * (5 + 1)  # heat maps, and coupling
+    many = layered(100, 10)
+    text = render_report(healthy_diagnosis(), report_data(many))
+    assert names_of(text) == [f"block{k}" for k in range(10)]
+    assert "--row:8px;--rows:100" in text
+    alone = layered(100, 1)
+    text = render_report(healthy_diagnosis(), report_data(alone))
+    assert names_of(text)[:3] == ["block1", "block3", "block5"]  # what has room
+    assert 'd="M0 1h1' not in text
+
+
+def test_drawings_are_said_in_words(page):
+    data = report_data()
+    quantities = {name: values.copy() for name, values in data.quantities.items()}
+    quantities["gradient_norm"][2, 30:32] = np.inf
+    words = Page(render_report(repaired_diagnosis(), replace(data, quantities=quantities))).words()
+    loss, gradient = data.loss_values, quantities["gradient_norm"]
+    low, high = int(loss.argmin()), int(loss.argmax())
+    assert (
+        f"From {number(loss[0])} at step 0 to {number(loss[-1])} at step 400; "
+        f"lowest {number(loss[low])} at step {low}, highest {number(loss[high])} at step {high}."
+    ) in words
+    row, column = np.unravel_index(np.nanargmin(gradient), gradient.shape)
+    assert (
+        f"; smallest {number(gradient[row, column])}: {data.components[row].name} at step "
+        f"{data.steps[column]}; infinite in 2 cells, first word_rnn.weight_hh at step 300."
+    ) in words
+    assert f"; smallest -0.62: {PROJECTION} with word_attention.context." in words
+
+
+def test_what_is_infinite_is_drawn_though_only_some_measurements_are():
+    data = report_data(measured=1201)
+    gradient = data.quantities["gradient_norm"].copy()
+    gradient[3, 1003] = np.inf  # one in five is shown, and not this one
+    long = replace(data, quantities={"gradient_norm": gradient}, steps=np.arange(1201))
+    read = Page(render_report(han_diagnosis(), long))
+    assert "1 of 5 measurements, infinite where any of them is" in read.words()
+    codes, _, _ = pixels(read.all("img")[0]["src"])
+    assert np.argwhere(codes == INFINITE).tolist() == [[3, 200]]
+
+
+def test_numbers_have_units(page):
+    words = page.words()
+    assert "training loss in units of the loss" in words
+    assert words.count("loss / weight²") == 2 * 2  # two curvatures, in legend and table
+    shown = [f"{QUANTITIES[name][0]} {QUANTITIES[name][1]}" for name in report_data().quantities]
+    assert f"component layer findings {' '.join(shown)}" in words
+    assert all(unit for _, unit, _ in QUANTITIES.values())
 
 
 def empty_data():
@@ -408,7 +456,6 @@ def test_a_heat_map_keeps_missing_zero_and_infinite_apart():
     assert palette[LEVELS - 1] == SEQUENTIAL[-1]
     assert opacity[MISSING] == 0
     assert set(opacity[:MISSING]) == {255}
-    assert base64.b64decode(drawn.codes) == codes.tobytes()
     assert drawn.scale == "logarithmic scale"
     assert [label for label, _ in drawn.special] == ["exactly zero", "infinite", "not measured"]
 
@@ -420,6 +467,61 @@ def test_a_coupling_matrix_is_symmetric_about_zero_and_leaves_out_the_diagonal()
     assert codes[0, 1] == 0
     assert LEVELS // 2 < codes[1, 0] < LEVELS
     assert palette[0] == DIVERGING[0]
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1.0, on linear RGB.
+VISIONS = {
+    "usual": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "protanopia": (
+        (0.152286, 1.052583, -0.204868),
+        (0.114503, 0.786281, 0.099216),
+        (-0.003882, -0.048116, 1.051998),
+    ),
+    "deuteranopia": (
+        (0.367322, 0.860646, -0.227968),
+        (0.280085, 0.672501, 0.047413),
+        (-0.011820, 0.042940, 0.968881),
+    ),
+    "tritanopia": (
+        (1.255528, -0.076749, -0.178779),
+        (-0.078411, 0.930809, 0.147602),
+        (0.004733, 0.691367, 0.303900),
+    ),
+}
+
+
+def seen(colours: list[tuple[int, int, int]], vision: str) -> np.ndarray:
+    """Returns colours in CIELAB as somebody sees them: distances of 2.3 are just noticed."""
+    share = np.array(colours) / 255
+    linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(linear @ np.array(VISIONS[vision]).T, 0, 1)
+    to_xyz = np.array(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    )
+    ratio = linear @ to_xyz.T / np.array([0.9505, 1.0, 1.089])
+    x, y, z = np.where(ratio > 0.008856, np.cbrt(ratio), 7.787 * ratio + 16 / 116).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+@pytest.mark.parametrize("vision", VISIONS)
+@pytest.mark.parametrize("signed", [False, True])
+def test_what_is_special_is_told_from_the_scale_in_every_kind_of_vision(vision, signed):
+    values = np.array([[1.0, 1e4]]) * (np.array([[-1, 1]]) if signed else 1)
+    _, palette, _ = pixels(heat_map(values).image)
+    levels = seen(palette[:LEVELS], vision)
+    special = (INFINITE, OWN) if signed else (ZERO, INFINITE)
+    for colour in seen([palette[code] for code in special], vision):
+        assert np.linalg.norm(levels - colour, axis=1).min() > 12
+    lightness = np.diff(levels[:, 0])
+    if signed:
+        assert (lightness[: LEVELS // 2 - 1] > 0).all()
+        assert (lightness[LEVELS // 2 :] < 0).all()
+        assert (
+            np.linalg.norm(levels[: LEVELS // 4] - levels[: -LEVELS // 4 - 1 : -1], axis=1).min()
+            > 12
+        )
+    else:
+        assert (lightness > 0).all()
 
 
 matrices = numpy_strategies.arrays(
@@ -532,7 +634,13 @@ def test_a_recording_gives_components_layers_quantities_and_the_last_coupling(tm
         log.components(0, parts, {})
         log.measurement(
             0,
-            [row(0, "gradient_norm", "attn.query", 2.0), row(0, "weight_norm", "embedding", 1.0)],
+            [
+                row(0, "gradient_norm", "attn.query", 2.0),
+                row(0, "weight_norm", "attn.query", 8.0),
+                row(0, "gradient_norm", "attn.key", 2.0),
+                row(0, "weight_norm", "attn.key", 0.0),
+                row(0, "weight_norm", "embedding", 1.0),
+            ],
             0.1,
         )
         log.measurement(
@@ -553,9 +661,12 @@ def test_a_recording_gives_components_layers_quantities_and_the_last_coupling(tm
     ]
     assert data.steps.tolist() == [0, 10]
     nan = np.nan
-    assert set(data.quantities) == {"gradient_norm", "attention_entropy"}
+    assert set(data.quantities) == {"gradient_norm", "gradient_ratio", "attention_entropy"}
     np.testing.assert_equal(
-        data.quantities["gradient_norm"], [[nan, nan], [nan, nan], [2.0, nan], [nan, nan]]
+        data.quantities["gradient_norm"], [[nan, nan], [nan, nan], [2.0, nan], [2.0, nan]]
+    )
+    np.testing.assert_equal(  # of weights that are zero there is no ratio
+        data.quantities["gradient_ratio"], [[nan, nan], [nan, nan], [0.25, nan], [nan, nan]]
     )
     np.testing.assert_equal(
         data.quantities["attention_entropy"], [[nan, nan], [nan, 0.5], [nan, nan], [nan, nan]]

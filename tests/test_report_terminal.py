@@ -100,7 +100,7 @@ def test_every_section_is_there_in_its_order():
         "- scale_learning_rate: Multiply the learning rate of word_attention.projection by 0.01",
         "2. missing_warmup in word_attention.projection",
         "possible causes: component_not_optimized",
-        "7 rules: gradients reach the first layers;",
+        "7 rules found none of this: gradients reach the first layers;",
         "- concave-region in word_rnn and 1 more: no second derivative of a fused RNN",
         "400 steps, 41 measurements; training 40.1 s, monitoring 3.2 s (8.0 % of training)",
     ):
@@ -357,6 +357,18 @@ def test_a_place_is_named_from_where_the_page_is_printed(tmp_path, monkeypatch):
     assert "; /else/y.py, line 7" in " ".join(
         page(replace(han_diagnosis(), findings=(finding,))).split()
     )
+
+
+def test_a_patch_can_be_copied_from_a_page_as_it_is():
+    remark = "a remark that would wrap, and without its mark be read as code"
+    patch = f"with no_grad():\n    x = attention(x, x, x)  # {remark}\n    y = x  # short\n"
+    shown = page(replace(han_diagnosis(), findings=(replace(SHARPNESS, patch=patch),)))
+    code = shown[shown.index("with no_grad") :]
+    assert code.split("\n")[1:4] == [
+        f"          # {remark}",
+        "          x = attention(x, x, x)",
+        "          y = x  # short",
+    ]
 
 
 @pytest.mark.parametrize(("extra", "says"), [(1, False), (2, True)])

@@ -17,10 +17,10 @@ ROOT = Path(diagnoser.__file__).parent
 ROWS = (
     {"vocabulary", "types", "table", "errors"},
     {"runlog", "components", "cases", "stepping"},
-    {"features", "rules", "classifier", "curvature", "statistics"},
-    {"checks"},
-    {"diagnosis", "report", "monitor", "repair", "injection"},
-    {"repair_loop"},
+    {"features", "rules", "classifier", "importing", "curvature", "statistics"},
+    {"checks", "difference"},
+    {"diagnosis", "report", "monitor", "ranks", "repair", "injection"},
+    {"repair_loop", "trackers"},
     {"session"},
     {"launch", "integrations", "benchmark", "training"},
     {"restart"},
@@ -30,7 +30,8 @@ ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 
 # What is right of the run log works on a laptop without torch.
 WITHOUT_TORCH = {"vocabulary", "types", "table", "errors", "features", "runlog"}
-WITHOUT_TORCH |= {"rules", "classifier", "diagnosis", "report", "cases"}
+WITHOUT_TORCH |= {"rules", "classifier", "difference", "diagnosis", "report", "cases"}
+WITHOUT_TORCH |= {"importing"}
 HEAVY = {"torch", "transformers"}
 NOT_FOR_A_DIAGNOSIS = HEAVY | {"pandas", "sklearn"}
 

@@ -316,6 +316,13 @@ def test_hostile_files_are_refused_at_once(tmp_path, content, says):
     assert all(len(line) < 600 for line in str(caught.value).splitlines())
 
 
+def test_a_long_name_is_quoted_in_part(tmp_path):
+    path = written(tmp_path, GOOD.replace("slow or", f"slow{'w' * 1900} or"))
+    with pytest.raises(RuleError, match="unknown feature 'sloww") as caught:
+        load_rule(path, CATALOGUE)
+    assert len(str(caught.value)) < 1000 + len(str(path)) + 20
+
+
 def test_all_problems_of_a_directory_are_reported_together(tmp_path):
     written(tmp_path, GOOD, "f/good.yaml")
     written(tmp_path, GOOD.replace("for: 3", "for: 0").replace("stable", "stabel"), "f/two.yaml")
@@ -405,3 +412,12 @@ def test_any_bytes_are_refused(tmp_path_factory, content):
     path = written(tmp_path_factory.getbasetemp(), content, "fuzzed/rule.yaml")
     with pytest.raises(RuleError):
         load_rule(path, CATALOGUE)
+
+
+@pytest.mark.parametrize("name", ["loss{}", "x{}.loss", "b.{}", "known_{}(loss)"])
+def test_a_name_without_end_makes_no_error_without_end(tmp_path, name):
+    path = written(tmp_path, GOOD.replace("update_ratio < ", f"{name.format('a' * 5000)} < "))
+    with pytest.raises(RuleError) as caught:
+        load_rule(path, CATALOGUE)
+    assert len(str(caught.value)) < len(str(path)) + 300
+    assert "\n" not in str(caught.value)

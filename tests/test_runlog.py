@@ -635,9 +635,9 @@ def test_what_is_not_a_run_is_named(tmp_path: Path) -> None:
 
 def test_a_log_of_a_newer_version_asks_for_an_upgrade(tmp_path: Path) -> None:
     lines = write_example(tmp_path)
-    newer = lines[0].replace(b"diagnoser.log/1", b"diagnoser.log/2")
+    newer = lines[0].replace(b"diagnoser.log/1", b"diagnoser.log/3")
     (tmp_path / LOG_FILE).write_bytes(b"".join([newer, *lines[1:]]))
-    with pytest.raises(NewerRunError, match=r"diagnoser\.log/2\); upgrade diagnoser"):
+    with pytest.raises(NewerRunError, match=r"diagnoser\.log/3\); upgrade diagnoser"):
         read_run(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 
@@ -13,8 +14,7 @@ from torch import Tensor, nn
 from diagnoser import session, watch
 from diagnoser.errors import RunLogError, UsageError
 from diagnoser.monitor import schedule
-from diagnoser.runlog import read_run
-from diagnoser.session import new_run_directory
+from diagnoser.runlog import new_run_directory, read_run
 
 BATCHES = [torch.randn(8, 3, generator=torch.Generator().manual_seed(i)).double() for i in range(4)]
 
@@ -193,7 +193,9 @@ def test_the_guaranteed_curvature_comes_at_any_budget_and_the_log_says_so(tmp_pa
         for _ in range(200):
             training.step()
     assert len(watched.log.series("update_curvature", "model").step) >= 8
-    assert [event.kind for event in watched.log.events if event.kind == "over_budget"]
+    (said,) = (e.message for e in watched.log.events if e.kind == "over_budget")
+    cost = watched.diagnose(write=False).cost
+    assert f"{cost.monitoring_s / cost.training_s:.0%} of training" in said
 
 
 @pytest.mark.parametrize("clear", [True, False])
@@ -324,21 +326,48 @@ def test_findings_are_said_as_they_appear_and_only_once(tmp_path, capsys):
     assert len(lines) == 1 and lines[0].startswith("diagnoser: step ")
 
 
-def test_the_accuracy_of_a_cross_entropy_is_recorded_as_it_was(tmp_path) -> None:
+@pytest.mark.parametrize("share", [None, 0.25, 3])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_accuracy_of_a_cross_entropy_is_recorded_as_it_was(tmp_path, share, smoothing) -> None:
+    """Itself, by accumulation's share or a scale, or with smoothed labels."""
     torch.manual_seed(0)
     model = nn.Linear(4, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     expected = []
     with watch(model, optimizer, out=tmp_path / "run", verbose=False) as observer:
         for _ in range(25):
-            x, y = torch.randn(16, 4), torch.randint(3, (16,))
-            y[:5] = -100  # not counted
             optimizer.zero_grad()
-            scores = model(x)
-            nn.functional.cross_entropy(scores, y).backward()
+            right = 0.0
+            for _ in range(2):
+                x, y = torch.randn(16, 4), torch.randint(3, (16,))
+                y[:5] = -100  # not counted
+                scores = model(x)
+                loss = nn.functional.cross_entropy(scores, y, label_smoothing=smoothing)
+                (loss if share is None else loss * share).backward()
+                right += float((scores.argmax(1) == y)[5:].float().mean())
             optimizer.step()
-            expected.append(float((scores.argmax(1) == y)[5:].float().mean()))
+            expected.append(right / 2)
     found = observer.log.accuracies.value
     known = ~np.isnan(found)
     assert known[::4].all()  # such short steps are looked at one in four
     np.testing.assert_allclose(found[known], np.array(expected)[known], rtol=1e-6)
+
+
+def test_who_patched_on_top_may_go_on_when_the_watch_is_over(tmp_path):
+    training = Training()
+    original = torch.autograd.backward
+    try:
+        for name in ("first", "second"):
+            directory = tmp_path / name
+            with watch(training.model, training.optimizer, out=directory, verbose=False) as watched:
+                earlier = torch.autograd.backward
+                torch.autograd.backward = functools.wraps(earlier)(
+                    lambda *args, earlier=earlier, **more: earlier(*args, **more)
+                )
+                for _ in range(5):
+                    training.step()
+            for _ in range(5):
+                training.step()  # theirs calls ours, which has nothing to say
+            assert len(watched.log.losses.step) == 5
+    finally:
+        torch.autograd.backward = original

@@ -64,8 +64,8 @@ class Counted(Watch):
     def after_backward(self) -> None:
         self._count(super().after_backward)
 
-    def before_step(self) -> None:
-        self._count(super().before_step)
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._count(lambda: super(Counted, self).before_step(optimizer))
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._count(lambda: super(Counted, self).after_step(optimizer))

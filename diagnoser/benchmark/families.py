@@ -12,6 +12,7 @@ import numpy as np
 from diagnoser.benchmark.dataset import Seen
 from diagnoser.classifier import EXCESS, PAIR, Vectors
 from diagnoser.features import PROGRAM_NAMES
+from diagnoser.features.logged import OF_LOGS
 from diagnoser.features.published import OF_PUBLISHED
 
 T = TypeVar("T")
@@ -20,7 +21,9 @@ OF_CHECKS: Final = PROGRAM_NAMES | {
     "averaging_to_run",
     "initial_attention_scores",
     "initial_attention_excess",
+    "initial_head_similarity",
 }  # P: of the program
+OF_ACCURACY: Final = {"accuracy", "accuracy_best", "accuracy_best_gain", "accuracy_swings"}
 FAMILIES: Final = ("L", "G", "A", "H")  # loss, gradients and program, attention and inputs, Hessian
 OF_LOSS: Final = ("loss_", "initial_loss_", "non_finite_loss", "accuracy")
 OF_FORWARD: Final = ("attention_", "initial_attention_", "entropy_", "empty_rows", "input_")
@@ -49,22 +52,32 @@ def family_of(column: str) -> str:
 
 
 def columns_of_runs(seen: Iterable[Seen]) -> tuple[str, ...]:
-    """Returns the columns that any run has, in order, without those of published checks."""
+    """Returns the columns that any run has and that are learned from, in order."""
     return _ordered(name for run in seen for name in run.look.vectors.run)
 
 
 def columns_of_components(seen: Iterable[Seen]) -> tuple[str, ...]:
-    """Returns the columns that components of any run have, in order, without those either."""
+    """Returns the columns that components of any run have and that are learned from, in order."""
     return _ordered(name for run in seen for name in run.look.vectors.components)
 
 
-def _ordered(columns: Iterable[str]) -> tuple[str, ...]:
-    """Nothing is learned from what was published for others to compare, which is often absolute.
+def is_learned_from(column: str) -> bool:
+    """Whether a classifier may learn from a column.
 
-    Nor from what program checks measure: those are judged by rules, and vote for themselves.
+    It may not from what was published for others to compare, which is often absolute; nor from what
+    program checks measure, which rules judge, and these vote for themselves; nor from accuracy,
+    which only classifications have, and whose level is that of the task; nor from what logs of
+    scripts alone have.
+
+    >>> is_learned_from("excess.step_sharpness.highest"), is_learned_from("accuracy_best.latest")
+    (True, False)
     """
-    out = OF_PUBLISHED | OF_CHECKS
-    return tuple(sorted({name for name in columns if name.split(".")[0] not in out}))
+    name = column.removeprefix(EXCESS).removeprefix(PAIR).split(".")[0]
+    return name not in OF_PUBLISHED | OF_CHECKS | OF_ACCURACY | OF_LOGS
+
+
+def _ordered(columns: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(filter(is_learned_from, set(columns))))
 
 
 def with_noise(

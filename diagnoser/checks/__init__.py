@@ -27,6 +27,7 @@ from diagnoser.checks import (
 from diagnoser.checks.calls import Call, Calls, LossCall
 from diagnoser.checks.held import HeldBatch
 from diagnoser.checks.modes import scored_in_training
+from diagnoser.checks.replica import unwrapped
 from diagnoser.checks.seen import Found, Seen
 from diagnoser.checks.trace import user_line
 from diagnoser.errors import MeasurementError
@@ -234,5 +235,6 @@ __all__ = [
     "examine_before",
     "examine_often",
     "scored_in_training",
+    "unwrapped",
     "user_line",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from diagnoser.checks.calls import LossCall
-from diagnoser.statistics.nodes import operation_of, signed
+from diagnoser.statistics.nodes import inputs_of, operation_of, signed, source_of
 from diagnoser.types import Where
 
 NEAR = 64  # nodes of the graph that are searched from the root
@@ -53,7 +53,7 @@ def find_losses(root: Tensor, calls: Sequence[LossCall]) -> list[Loss]:
         calls: The loss functions that were seen called, for their places.
     """
     found: list[Loss] = []
-    queue, seen = deque([root.grad_fn]), {root.grad_fn}
+    queue, seen = deque([source_of(root)]), {source_of(root)}
     for _ in range(NEAR):
         if not queue:
             break
@@ -64,8 +64,8 @@ def find_losses(root: Tensor, calls: Sequence[LossCall]) -> list[Loss]:
         if kind is not None:
             found.append(_loss(kind, node, calls))
             continue
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
+        for following in inputs_of(node):
+            if following not in seen:
                 seen.add(following)
                 queue.append(following)
     return found

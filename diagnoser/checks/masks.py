@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diagnoser.checks.attention import EXACT, HIDDEN
-from diagnoser.checks.reading_attention import MOST_SAMPLES, Attention, some
+from diagnoser.checks.reading_attention import Attention, some
 from diagnoser.checks.seen import Found, Seen
 from diagnoser.checks.trace import Operation
 from diagnoser.errors import MeasurementError
@@ -17,14 +17,13 @@ SUMS_TO_ONE = 0.03  # how far weights of a query may be from it
 def _keys(seen: Seen, attention: Attention) -> tuple[Tensor, Tensor] | None:
     """Weights (batch, heads, queries, keys), and which keys are padding, (batch, keys)."""
     padding = seen.padding
+    if attention.first is not None:
+        if attention.softmax.args[0].shape[0] != len(padding):
+            return None
+        padding = padding[: attention.first]
     n, _, keys = attention.weights.shape
     if keys != padding.shape[1] or n % len(padding):
-        fewer = min(
-            len(padding), MOST_SAMPLES
-        )  # of a fused attention only some samples are looked at
-        if keys != padding.shape[1] or n % fewer or n // fewer > 64 or n >= len(padding):
-            return None
-        padding = padding[:fewer]
+        return None
     return attention.weights.reshape(len(padding), -1, *attention.weights.shape[1:]), padding
 
 

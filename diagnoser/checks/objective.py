@@ -89,14 +89,15 @@ def labels(seen: Seen, found: Found) -> None:
         pooled[value] = pooled.get(value, 0) + count
     if len(pooled) == 1 and loss.scores is not None and not _has_head(seen, loss.scores):
         raise MeasurementError("the classes are candidates: no layer of the model is as wide")
-    entropies: list[float] = seen.memory.setdefault("label_entropies", [])
-    entropies.append(_entropy(list(counts.values())))
+    batches, entropies = seen.memory.get("label_entropies", (0, 0.0))
+    batches, entropies = batches + 1, entropies + _entropy(list(counts.values()))
+    seen.memory["label_entropies"] = batches, entropies
     found.run("label_classes", float(len(pooled)))
     whole = _entropy(list(pooled.values()))
-    if whole > 0 and len(flat) >= LEAST_LABELS and len(entropies) >= 2:
+    if whole > 0 and len(flat) >= LEAST_LABELS and batches >= 2:
         expected = whole - (len(pooled) - 1) / (2 * len(flat))  # of a small sample (Miller 1955)
         if expected > 0.1 * whole:
-            found.run("batch_label_entropy", sum(entropies) / len(entropies) / expected)
+            found.run("batch_label_entropy", entropies / batches / expected)
 
 
 def _has_head(seen: Seen, scores: Tensor) -> bool:

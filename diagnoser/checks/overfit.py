@@ -16,6 +16,7 @@ from torch import nn
 
 from diagnoser.checks.calls import changed, tensors_of
 from diagnoser.checks.held import LossOf, loss_of_outputs
+from diagnoser.checks.replica import Alone
 from diagnoser.checks.seen import Found, Seen
 from diagnoser.errors import MeasurementError
 
@@ -65,7 +66,7 @@ def _fall(
         own_args, own_kwargs = (
             changed(given, lambda t: t.detach().clone()) for given in (args, kwargs)
         )
-        with contextlib.redirect_stdout(io.StringIO()), torch.enable_grad():
+        with contextlib.redirect_stdout(io.StringIO()), torch.enable_grad(), Alone():
             loss = loss_of(list(tensors_of(pupil(*own_args, **own_kwargs))))
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         value = float(loss.detach())

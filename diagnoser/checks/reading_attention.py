@@ -44,7 +44,8 @@ class Attention:
     last; ``logits`` the same before the softmax, and ``raw`` before any mask. ``scale`` is what all
     plain numbers between the queries' and keys' projections and the softmax multiply to, ``width``
     how many elements a product of query and key adds up. ``after`` names what came between softmax
-    and values. None and NaN: not seen.
+    and values. ``first`` is how many samples of a larger batch the weights are of, the first ones;
+    None: all. Elsewhere None and NaN: not seen.
     """
 
     index: int
@@ -61,6 +62,7 @@ class Attention:
     learned_scale: bool = False
     normalised: bool = False  # queries or keys are normalised before their product
     hidden: Tensor | None = None  # what masks hide, like the weights
+    first: int | None = None
     after: tuple[str, ...] = ()
     by_feature: bool = False  # every feature of the values has weights of its own
     transposed: bool = False  # keys are the left factor of `scores` (the other side's attention)
@@ -506,6 +508,7 @@ def _fused(trace: Trace, operation: Operation) -> Attention | None:
         learned_scale=factors[0][1] or factors[1][1],
         normalised=factors[0][2] or factors[1][2],
         hidden=None if given is None and not causal else (logits <= HIDES).reshape(shape),
+        first=keep if operation.args[0].shape[0] > keep else None,
     )
 
 

@@ -24,6 +24,8 @@ from diagnoser.checks.calls import Call, changed, is_plain, tensors_of
 from diagnoser.checks.trace import Trace, memory, written
 from diagnoser.errors import MeasurementError
 
+COMMUNICATING = frozenset({"c10d", "_c10d_functional", "c10d_functional"})  # operations of ranks
+
 
 class Replica:
     """A copy of the module of a call that can be run on changed inputs.
@@ -39,7 +41,7 @@ class Replica:
 
     def __init__(self, call: Call, shared: Iterable[Tensor] = ()) -> None:
         self.call = call
-        self.module, self._theirs = _copy(_unwrapped(call.module), shared)
+        self.module, self._theirs = _copy(call.module, shared)
         self.given: set[int] = set()  # ids of the tensors that the last run was given
 
     def run(
@@ -91,22 +93,37 @@ def _clone(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Returns the model inside of what spreads it over ranks or devices."""
     while type(module).__name__ in ("DistributedDataParallel", "DataParallel"):
         module = module.module  # type: ignore[assignment]
     return module
 
 
-class _ReadOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses operations that would write to some tensors, before they do."""
+class Alone(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses collectives, before they begin: other ranks may run a copy more or less often."""
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._theirs = {memory(tensor) for tensor in tensors} - {0}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation unless it writes to what is not the replica's."""
-        kwargs = kwargs or {}
+        """Runs the operation unless it communicates."""
+        if func.namespace in COMMUNICATING:
+            raise MeasurementError("its forward communicates with other ranks")
+        return self._run(func, args, kwargs or {})
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return func(*args, **kwargs)
+
+
+class _ReadOnly(Alone):  # type: ignore[no-untyped-call]
+    """Also refuses operations that would write to some tensors, before they do."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._theirs = {memory(tensor) for tensor in tensors} - {0}
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if any(memory(tensor) in self._theirs for tensor in written(func, args, kwargs)):
             raise MeasurementError("its forward writes to its parameters")
         return func(*args, **kwargs)

@@ -25,6 +25,7 @@ from diagnoser.types import Estimate, Measurement, Where
 from diagnoser.vocabulary import MODEL
 
 LEAST_PADDED = 0.02  # of all positions: fewer say nothing about a mask
+CHANCE = 1e-5  # that a word which is no padding stands only at the ends of rows
 
 
 @dataclass(slots=True)
@@ -205,7 +206,7 @@ class Seen:
         """Which positions of `tokens` are padding, (batch, length).
 
         The padding index of the embedding tells, or a token that fills the end (or the beginning)
-        of rows to different lengths and is nowhere else.
+        of rows to different lengths and is nowhere else, which no word does by chance.
 
         Raises:
             MeasurementError: There is none, or too little.
@@ -215,10 +216,12 @@ class Seen:
     def padding_in(self, tokens: Tensor) -> Tensor:
         """Returns which positions of some tokens are padding; see `padding`."""
         candidates = [0, int(tokens[0, -1]), int(tokens[0, 0]), *self._ends(tokens)]
+        declared = set()
         for operation in self.trace.named("embedding"):
             index = operation.args[2] if len(operation.args) > 2 else -1
             if isinstance(index, int) and index >= 0:
                 candidates.insert(0, index)
+                declared.add(index)
         for candidate in dict.fromkeys(candidates):
             where = tokens == candidate
             trailing = where.flip(1).cumprod(1).flip(1).bool()
@@ -228,7 +231,8 @@ class Seen:
                 if torch.equal(run, where) and len(distinct(lengths)) > 1:
                     share = float(where.float().mean())
                     in_part = (lengths > 0) & (lengths < tokens.shape[1])
-                    if share >= LEAST_PADDED and bool(in_part.any()):
+                    certain = candidate in declared or by_chance(lengths, tokens.shape[1]) < CHANCE
+                    if certain and share >= LEAST_PADDED and bool(in_part.any()):
                         return where
         raise MeasurementError("no padding was seen in the batch")
 
@@ -258,6 +262,19 @@ class Seen:
             return new if tensor is old else tensor
 
         return changed(self.main.args, change), changed(dict(self.main.kwargs), change)
+
+
+def by_chance(lengths: Tensor, width: int) -> float:
+    """Returns how likely a word is to stand in no row but in a run at its end.
+
+    Each row may have its ``lengths`` places of that word in any of the ``width`` choose ``lengths``
+    ways; only one of them is at the end.
+
+    >>> round(by_chance(torch.tensor([0, 2, 1]), 7), 6)  # one in 21 times one in 7
+    0.006803
+    """
+    ways = [math.comb(width, int(length)) for length in lengths]
+    return math.exp(-sum(map(math.log, ways)))
 
 
 def first_float(outputs: Sequence[Tensor]) -> Tensor:

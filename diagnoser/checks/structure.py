@@ -333,7 +333,8 @@ def growth(seen: Seen, found: Found) -> None:
     Costs: one forward, once.
     """
     if seen.step > 0:
-        raise MeasurementError("activations are compared at the first step alone")
+        known = seen.memory.get("growth", "activations are compared at the first step alone")
+        raise MeasurementError(known)
     lists = [
         list(module.children())
         for module in seen.replica.module.modules()
@@ -341,7 +342,8 @@ def growth(seen: Seen, found: Found) -> None:
     ]
     blocks = [own for own in lists if len(own) > 2 and len({type(block) for block in own}) == 1]
     if not blocks:
-        raise MeasurementError("no list of three equal blocks")
+        seen.memory["growth"] = "no list of three equal blocks"
+        raise MeasurementError(seen.memory["growth"])
     longest = max(blocks, key=len)
     sizes: dict[int, float] = {}
 

@@ -74,7 +74,8 @@ class Judge:
 
     def calibrated(self, score: Array) -> Array:
         """Returns the probability that a score, or the mean of several, stands for."""
-        return np.asarray(1.0 / (1.0 + np.exp(-(self.slope * score + self.intercept))))
+        with np.errstate(over="ignore"):  # far out it is 0 or 1
+            return np.asarray(1.0 / (1.0 + np.exp(-(self.slope * score + self.intercept))))
 
     def probability(self, rows: Array) -> Array:
         """Returns calibrated probabilities of rows (rows, columns), (rows,)."""

@@ -18,7 +18,8 @@ from diagnoser.table import Array
 
 ANY_KIND: Final = ""  # all kinds together, for a kind that was hardly seen
 ENOUGH: Final = 30  # healthy components of a kind
-FURTHEST: Final = 20.0  # spreads from the middle that are told apart
+FURTHEST: Final = 20.0  # spreads from the middle that are told apart,
+GRID: Final = 2.0**-16  # and how finely
 QUARTILES: Final = (25.0, 50.0, 75.0)
 
 
@@ -43,7 +44,9 @@ class Reference:
         middle = np.array([self.middle[kind] for kind in chosen]).reshape(values.shape)
         spread = np.array([self.spread[kind] for kind in chosen]).reshape(values.shape)
         # An infinite number is as far out as can be told.
-        return np.asarray(np.clip((values - middle) / spread, -FURTHEST, FURTHEST))
+        beyond = np.clip((values - middle) / spread, -FURTHEST, FURTHEST)
+        # The last digits are a processor's own; they must not break ties with what was learned.
+        return np.asarray(np.round(beyond / GRID) * GRID)
 
 
 def learn_reference(healthy: Sequence[Vectors], columns: Sequence[str]) -> Reference:

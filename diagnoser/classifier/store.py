@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,8 @@ SCHEMA: Final = "diagnoser.classifier/2"
 CHECK_ROWS: Final = 8
 SHIPPED: Final = "shipped.npz"
 REBUILD: Final = "learn it again from the benchmark's runs"
+LARGEST_FILE: Final = 16 * 2**20  # bytes, packed or not
+LONGEST_REASON: Final = 300
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -103,15 +106,16 @@ def load(path: Path) -> Classifier:
     """
     data, description = _read(path)
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if sum(part.file_size for part in archive.infolist()) > LARGEST_FILE:
+                raise ValueError("its arrays are too large")
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
         classifier = _classifier(arrays, description["about"])
         found = classifier.verdict.probability(arrays["check_rows"])
         expected = np.asarray(description["check"], dtype=np.float64)
     except Exception as error:  # a damaged archive fails in many ways
-        raise ClassifierError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}); {REBUILD}"
-        ) from error
+        raise _refusal(path, f"cannot be read ({type(error).__name__}: {error}") from error
     if found.shape != expected.shape or not np.allclose(found, expected, rtol=0, atol=1e-9):
         raise ClassifierError(
             f"{path}: it predicts otherwise here than where it was made; {REBUILD}"
@@ -122,31 +126,41 @@ def load(path: Path) -> Classifier:
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
     beside = _description_of(path)
     try:
+        if max(path.stat().st_size, beside.stat().st_size) > LARGEST_FILE:
+            raise ValueError("it is too large")
         data = path.read_bytes()
         description = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ClassifierError(f"{path}: cannot be read ({error}); {REBUILD}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _refusal(path, f"cannot be read ({error}") from None
     if not isinstance(description, dict) or description.get("schema") != SCHEMA:
         found = description.get("schema") if isinstance(description, dict) else None
-        raise ClassifierError(f"{beside}: schema {found}, this version reads {SCHEMA}; {REBUILD}")
+        raise _refusal(beside, f"this version reads {SCHEMA} (this is {found}")
     if hashlib.sha256(data).hexdigest() != description.get("sha256"):
         raise ClassifierError(f"{path}: is not the file that {beside.name} describes; {REBUILD}")
     return data, description
 
 
+def _refusal(path: Path, reason: str) -> ClassifierError:
+    """Returns an error of one printable line; the reason, left open, may quote the file."""
+    shown = "".join(c if c.isprintable() else " " for c in reason)[:LONGEST_REASON]
+    return ClassifierError(f"{path}: {shown}); {REBUILD}")
+
+
 def _classifier(arrays: Arrays, about: Mapping[str, Any]) -> Classifier:
     """Builds a classifier of what a file holds; any error says that it does not fit together."""
     names = json.loads(arrays["names"].tobytes())
-    columns, own = tuple(names["run_columns"]), tuple(names["reference_columns"])
-    kinds, shape = names["kinds"], (len(names["kinds"]), len(own))
+    columns, own = _texts(names["run_columns"]), _texts(names["reference_columns"])
+    kinds, causes, fault_of = _texts(names["kinds"]), _texts(names["causes"]), names["fault_of"]
+    _texts([*fault_of, *fault_of.values()])
+    shape = (len(kinds), len(own))
     for name, expected in (
         ("reference_middle", shape),
         ("reference_spread", shape),
         ("middle", (len(columns),)),
         ("range", (2, len(columns))),
     ):
-        if arrays[name].shape != expected:
-            raise ValueError(f"{name} is {arrays[name].shape}, not {expected}")
+        if arrays[name].shape != expected or arrays[name].dtype.kind != "f":
+            raise ValueError(f"{name} is {arrays[name].shape}, not {expected} numbers")
     _check_places(arrays, "usual", len(columns))
     return Classifier(
         run_columns=columns,
@@ -158,9 +172,9 @@ def _classifier(arrays: Arrays, about: Mapping[str, Any]) -> Classifier:
         middle=arrays["middle"],
         range=arrays["range"],
         verdict=_judge(arrays, "verdict", len(columns)),
-        causes={name: _judge(arrays, f"cause.{name}", len(columns)) for name in names["causes"]},
+        causes={name: _judge(arrays, f"cause.{name}", len(columns)) for name in causes},
         location=_judge(arrays, "location", 2 * len(own)),  # see `component_rows`
-        fault_of=names["fault_of"],
+        fault_of=fault_of,
         usual=arrays["usual"],
         about=about,
         **{name: float(number) for name, number in names["numbers"].items()},
@@ -185,6 +199,13 @@ def _judge(arrays: Arrays, name: str, columns: int) -> Judge:
     trees = Trees(arrays[f"{name}.nodes"], arrays[f"{name}.roots"], base)
     trees.check(len(chosen))
     return Judge(trees, chosen, slope, intercept)
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    """Returns a list of names, if it is one."""
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError("names that are no texts")
+    return tuple(values)
 
 
 def _check_places(arrays: Arrays, name: str, columns: int) -> NDArray[Any]:

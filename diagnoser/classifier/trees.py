@@ -30,6 +30,9 @@ NODE: Final = np.dtype(
 )
 
 
+MOST_NODES: Final = 2**15  # they may stand in one long line
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Trees:
     """The sum of trees, and of ``base``.
@@ -79,6 +82,8 @@ class Trees:
         nodes, own = self.nodes, np.arange(len(self.nodes))
         if nodes.dtype != NODE or nodes.ndim != 1:
             raise ValueError("the nodes of its trees are of another type")
+        if len(nodes) > MOST_NODES:
+            raise ValueError("its trees are too large")
         if self.roots.dtype.kind != "i" or self.roots.ndim != 1:
             raise ValueError("the roots of its trees are of another type")
         if len(self.roots) and not (self.roots.min() >= 0 and self.roots.max() < len(nodes)):

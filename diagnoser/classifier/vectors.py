@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from diagnoser.table import Array, Scope, Table
 
@@ -77,12 +78,23 @@ def _summaries(table: Table) -> dict[str, Array]:
 
 
 def _of_series(values: Array) -> Array:
-    result = np.full((len(OF_SERIES), len(values)), np.nan)
-    for i, row in enumerate(values):
-        known = row[~np.isnan(row)]
-        if len(known):
-            early, latest = np.median(known[:AT_ONE_TIME]), np.median(known[-AT_ONE_TIME:])
-            result[:, i] = early, latest, known.min(), known.max()
+    """Returns early, latest, lowest and highest of each row; (4, rows)."""
+    known = ~np.isnan(values)
+    lowest, highest = np.fmin.reduce, np.fmax.reduce
+    ends = (_median_of_first(values, known), _median_of_first(values[:, ::-1], known[:, ::-1]))
+    return np.stack([*ends, *(f(values, axis=1, initial=np.nan) for f in (lowest, highest))])
+
+
+def _median_of_first(values: Array, known: NDArray[np.bool_]) -> Array:
+    """Returns the median of the first known values of each row, of as many as there are."""
+    first = np.full((len(values), AT_ONE_TIME), np.nan)
+    place = np.cumsum(known, axis=1) - 1
+    rows, columns = np.nonzero(known & (place < AT_ONE_TIME))
+    first[rows, place[rows, columns]] = values[rows, columns]
+    result = np.full(len(values), np.nan)
+    for count in range(1, AT_ONE_TIME + 1):
+        of = (~np.isnan(first)).sum(axis=1) == count
+        result[of] = np.median(first[of, :count], axis=1)
     return result
 
 

@@ -5,7 +5,7 @@ every parameter belongs to exactly one component, the first that is met in the o
 (the order of ``named_modules()``); so tied parameters and repeated modules count once.
 
 `sites` walks through a model, `spelling` reads names and shapes, `kinds` holds the table of
-recognisers: a new kind is a new entry there.
+recognisers: a new kind is a new entry there. `heads` cuts further, on request.
 """
 
 from __future__ import annotations
@@ -16,20 +16,24 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from diagnoser.components.heads import by_head, head_of
 from diagnoser.components.kinds import Piece, recognise
 from diagnoser.components.sites import Site, sites
 from diagnoser.types import Component, Part
 from diagnoser.vocabulary import MODEL
 
-__all__ = ["free_component", "layers_of", "parameters_of", "split_components"]
+__all__ = ["free_component", "head_of", "layers_of", "parameters_of", "split_components"]
 
 
-def split_components(models: Mapping[str, nn.Module]) -> tuple[Component, ...]:
+def split_components(
+    models: Mapping[str, nn.Module], *, heads: bool = False
+) -> tuple[Component, ...]:
     """Splits one or several models into components, in the order of definition.
 
     Args:
         models: root modules by name. With several, the name and a colon come before every name,
             except where the name is empty.
+        heads: whether query, key and value projections are cut by head (``q_lin[head=3]``).
 
     Returns:
         Components with unique names; together they cover each parameter element exactly once.
@@ -40,7 +44,10 @@ def split_components(models: Mapping[str, nn.Module]) -> tuple[Component, ...]:
     seen: set[int] = set()
     for prefix, root in _prefixed(models):
         for site in sites(root, seen):
-            for piece in recognise(site):
+            pieces = recognise(site)
+            if heads:
+                pieces = tuple(cut for piece in pieces for cut in by_head(piece, site))
+            for piece in pieces:
                 path = ".".join(site.path) + piece.suffix
                 name = _unused(
                     prefix + (path.removeprefix(".") or type(site.module).__name__), taken

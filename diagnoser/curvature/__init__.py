@@ -38,6 +38,7 @@ from diagnoser.curvature.probe import ProbeSet
 from diagnoser.curvature.random_states import RandomStates
 from diagnoser.curvature.replay import CompiledCalls, ReplayHessian, compiled_nodes
 from diagnoser.curvature.self_checks import (
+    communicating_nodes,
     finite_difference_defect,
     recomputes,
     repetition_defect,
@@ -45,6 +46,7 @@ from diagnoser.curvature.self_checks import (
     unreliable_nodes,
     unverified_nodes,
 )
+from diagnoser.curvature.sharded import ShardedAlong, sharded_row_curvature
 from diagnoser.curvature.streamed import StreamedHessian
 
 __all__ = [
@@ -65,6 +67,7 @@ __all__ = [
     "ReplayHessian",
     "RowCurvature",
     "SampleForms",
+    "ShardedAlong",
     "StreamedHessian",
     "Vector",
     "answer",
@@ -72,6 +75,7 @@ __all__ = [
     "block_curvature",
     "block_eigenvalues",
     "block_trace",
+    "communicating_nodes",
     "compiled_nodes",
     "coupling_matrix",
     "coupling_norm",
@@ -88,6 +92,7 @@ __all__ = [
     "repetition_defect",
     "row_curvature",
     "second_derivative_of_fused_attention",
+    "sharded_row_curvature",
     "symmetry_defect",
     "unreliable_nodes",
     "unverified_nodes",

@@ -169,6 +169,18 @@ class ProbeSet:
                     remedy = functools.partial(self._shrink)
                 remedy()  # out here: a handler keeps the failed attempt's tensors alive
 
+    @contextmanager
+    def evaluations(self) -> Iterator[Sequence[Loss]]:
+        """Yields what computes the loss of each batch, for who differentiates it in another way.
+
+        Raises:
+            MeasurementError: It is to be measured on a copy in another type.
+        """
+        if self._dtype is not None:
+            raise MeasurementError("dtype= needs a copy of the model, and there can be none")
+        with self._evaluating():
+            yield [functools.partial(self._loss, *one) for one in self._chunks()]
+
     def _twin(self, dtype: torch.dtype) -> ProbeSet:
         """Returns the same probe set on a copy of the model as it is now, in another type."""
         twin = copy.copy(self)  # with the same plan: what was learnt of memory stays

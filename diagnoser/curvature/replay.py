@@ -14,6 +14,7 @@ replaced by the other kind.
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -66,13 +67,18 @@ def compiled_modules(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if _is_compiled(module) or getattr(module, "_compiled_call_impl", None) is not None
+        if _is_compiled(module) or _is_compiled_in_place(module)
     ]
 
 
 def _is_compiled(module: nn.Module) -> bool:
     dynamo = sys.modules.get("torch._dynamo")
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def _is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called, which leaves no wrapper around it."""
+    return vars(module).get("_compiled_call_impl") is not None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,13 +121,25 @@ class Call:
         found = {output.node() for output in self.outputs if output.node is not None}
         return found - {None}
 
+    @property
+    def original(self) -> nn.Module:
+        """The module that was compiled."""
+        found: nn.Module = getattr(self.module, "_orig_mod", self.module)
+        return found
+
+    def again(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the original, which must run uncompiled (`eager_code`)."""
+        in_place = self.original is self.module
+        return (self.module._call_impl if in_place else self.original)(*args, **kwargs)
+
 
 class CompiledCalls:
     """Notes the calls of compiled modules while it is entered.
 
-    Only hooks on the wrappers that ``torch.compile`` returns are used, which run outside of
-    compiled code: nothing is compiled again, no random number drawn, no output replaced. Inputs are
-    kept alive until `clear`, or until the graph they were used in is gone and another call is made.
+    Only hooks on the wrappers that ``torch.compile`` returns are used, and a function around what
+    ``module.compile()`` left in its module; both run outside of compiled code: nothing is compiled
+    again, no random number drawn, no output replaced. Inputs are kept alive until `clear`, or until
+    the graph they were used in is gone and another call is made.
 
     Args:
         modules: Where to look for compiled ones, such as ``model.modules()``.
@@ -133,15 +151,20 @@ class CompiledCalls:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.calls: list[Call] = []
-        compiled: list[Any] = [module for module in modules if _is_compiled(module)]
+        compiled: list[Any] = [
+            module for module in modules if _is_compiled(module) or _is_compiled_in_place(module)
+        ]
         # One inside another is part of that one's code: a hook there would be compiled into it.
-        inner = {id(part) for module in compiled for part in module._orig_mod.modules()}
+        inner = {id(part) for module in compiled for part in module.modules() if part is not module}
         self.modules = [module for module in compiled if id(module) not in inner]
         self._begun: list[tuple[Any, ...]] = []
         self._undo = ExitStack()
 
     def __enter__(self) -> CompiledCalls:
         for module in self.modules:
+            if not _is_compiled(module):
+                self._wrap(module)
+                continue
             begin = module.register_forward_pre_hook(self._begin, with_kwargs=True)
             self._undo.callback(begin.remove)
             end = module.register_forward_hook(self._end, with_kwargs=True)
@@ -151,6 +174,23 @@ class CompiledCalls:
     def __exit__(self, *_: object) -> None:
         self._undo.close()
         self._begun.clear()
+
+    def _wrap(self, module: Any) -> None:
+        original = module._compiled_call_impl
+
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._begin(module, args, kwargs)
+            output = original(*args, **kwargs)
+            self._end(module, args, kwargs, output)
+            return output
+
+        def unwrap() -> None:
+            if module._compiled_call_impl is call:  # else it was compiled once more
+                module._compiled_call_impl = original
+
+        module._compiled_call_impl = call
+        self._undo.callback(unwrap)
 
     def clear(self) -> None:
         """Forgets all calls."""
@@ -222,7 +262,7 @@ class ReplayHessian(Hessian):
             if node not in made:
                 raise NoSecondDerivativeError(
                     "compiled code that is not the whole of a noted module call (a graph break, a "
-                    f"compiled function, a module compiled in place) has no replay; {REMEDY}"
+                    f"compiled function) has no replay; {REMEDY}"
                 )
             self._replays[node] = _Replay.of(node, made[node])
         super().__init__(losses, parameters, scale=scale)
@@ -272,10 +312,10 @@ class _Replay:
 
     @classmethod
     def of(cls, node: Node, call: Call) -> _Replay:
-        name = type(call.module._orig_mod).__name__
+        name = type(call.original).__name__
         hooked = [
             type(module).__name__
-            for module in call.module._orig_mod.modules()
+            for module in call.original.modules()
             if module._forward_hooks or module._forward_pre_hooks
         ]
         if hooked:
@@ -298,7 +338,7 @@ class _Replay:
         outputs = _run(call, args, kwargs)
         _check_same(name, call.outputs, outputs)  # and that there are as many
         known: dict[Any, tuple[Tensor, Tensor]] = {
-            id(p): (p, p) for p in call.module._orig_mod.parameters() if p.requires_grad
+            id(p): (p, p) for p in call.original.parameters() if p.requires_grad
         }
         for value, own in copies.values():
             edge = get_gradient_edge(value)
@@ -401,8 +441,7 @@ def _backward(
 
 def _run(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Calls the module uncompiled, on the same random numbers; buffers and streams are put back."""
-    module = call.module._orig_mod
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in call.original.buffers()]
     with ExitStack() as undo:
         undo.enter_context(call.random.replayed())
         undo.enter_context(eager_code())
@@ -410,7 +449,7 @@ def _run(call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[
         for device, (enabled, dtype) in call.autocast.items():
             undo.enter_context(torch.autocast(device, dtype, enabled, cache_enabled=False))
         try:
-            return tuple(_tensors(module(*args, **kwargs)))
+            return tuple(_tensors(call.again(*args, **kwargs)))
         finally:
             for buffer, saved in buffers:
                 buffer.data.copy_(saved)

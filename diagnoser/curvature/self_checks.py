@@ -10,8 +10,9 @@ finite difference finds it.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -19,6 +20,11 @@ from torch import Tensor
 from diagnoser.curvature.finite_difference import CentralDifference
 from diagnoser.curvature.operator import Operator, Vector
 from diagnoser.errors import MeasurementError
+
+_COLLECTIVE: Final = re.compile(
+    "all_?reduce|all_?gather|reduce_?scatter|all_?to_?all|broadcast|wait_?tensor|c10d",
+    re.IGNORECASE,
+)
 
 
 def symmetry_defect(hessian: Operator, u: Vector, v: Vector) -> float:
@@ -116,6 +122,17 @@ def unverified_nodes(loss: Tensor) -> list[str]:
             if not _once_differentiable(f) and f.__module__.partition(".")[0] != "torch"
         }
     )
+
+
+def communicating_nodes(loss: Tensor) -> list[str]:
+    """Returns what in the graph may wait for other ranks when it is gone through again.
+
+    Collectives that torch knows by name, and all functions written in Python (synchronised batch
+    norm and tensor parallelism are), whatever they do, but for DDP's own, which does nothing here.
+    """
+    names = {_name(f) for f in _custom_functions(loss) if f.__name__ != "_DDPSink"}
+    names |= {node.name() for node in _nodes(loss) if _COLLECTIVE.search(node.name())}
+    return sorted(names)
 
 
 def recomputes(loss: Tensor) -> bool:

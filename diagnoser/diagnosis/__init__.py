@@ -4,6 +4,8 @@ from diagnoser.diagnosis.attempts import EVENT, attempt_data, attempts_of
 from diagnoser.diagnosis.defaults import (
     DEFAULT_FAMILIES,
     FAMILIES,
+    LOGGED,
+    SHIPPED,
     chosen,
     default_rules,
     judges,
@@ -22,6 +24,8 @@ __all__ = [
     "DEFAULT_FAMILIES",
     "EVENT",
     "FAMILIES",
+    "LOGGED",
+    "SHIPPED",
     "Claim",
     "attempt_data",
     "attempts_of",

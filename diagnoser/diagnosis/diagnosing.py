@@ -10,11 +10,10 @@ import dataclasses
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from diagnoser.classifier import EARLIER, Classifier, Vectors, say, vectors
 from diagnoser.diagnosis.attempts import attempts_of
 from diagnoser.diagnosis.merging import Claim, is_grave, ranked, reasons, votes_of
 from diagnoser.features import NOTED_NAMES, PROGRAM_NAMES, feature_tables
@@ -29,11 +28,25 @@ from diagnoser.rules import (
 )
 from diagnoser.runlog import Recording
 from diagnoser.table import Scope, Table
-from diagnoser.types import Attempt, Cause, Cost, Diagnosis, Finding, RankedCause, Unknown, Where
-from diagnoser.vocabulary import MODEL, severity_rank
+from diagnoser.types import (
+    Attempt,
+    Cause,
+    Checked,
+    Cost,
+    Diagnosis,
+    Finding,
+    RankedCause,
+    Unknown,
+    Where,
+)
+from diagnoser.vocabulary import MODEL, UNKNOWN, severity_rank
+
+if TYPE_CHECKING:  # by rules alone, nobody waits for it
+    from diagnoser.classifier import Classifier, Vectors
 
 ENOUGH_STEPS: Final = 20
 ENOUGH_MEASUREMENTS: Final = 3
+GUESSING: Final = 0.92  # of the loss of chance, as in the rule still-guessing
 _OF_ATTENTION: Final = ("attention_", "initial_attention_", "empty_rows")
 _PLACE_OF: Final = {  # which recorded place of the program a cause points at
     "learning_rate_too_high": "optimizer",
@@ -43,6 +56,22 @@ _PLACE_OF: Final = {  # which recorded place of the program a cause points at
     "missing_zero_grad": "backward",
     "loss_function": "backward",
 }
+
+
+_NOT_LOGGED: Final = "the log does not hold what they ask for"
+# What no log of a script's own holds, and what follows from that.
+_NOT_IN_LOGS: Final = (
+    Unknown(
+        "components",
+        MODEL,
+        (),
+        "a log of curves holds no weights, gradients or curvature of components, and no attention",
+    ),
+    Unknown("checks", MODEL, (), "the program's calls were not seen"),
+    Unknown(
+        "classifier", MODEL, (), "it learned from measurements: of curves alone it says nothing"
+    ),
+)
 
 
 def diagnose(
@@ -56,7 +85,8 @@ def diagnose(
     Symptoms that a firing rule says it explains are put under its cause when they lie in the same
     component, in a part of it, or anywhere if the cause is the whole model's. `merging` orders the
     causes. The classifier's finding is one of severity medium; where it knows no such runs, it has
-    no say.
+    no say. So it has none of an imported log, which is never called healthy: most of what goes
+    wrong shows in no curve.
 
     Args:
         recording: The run.
@@ -72,8 +102,14 @@ def diagnose(
     explained = _by_rules(judgement, recording, rules)
     votes = votes_of(_claims(explained, recording), measured)
     unknown, checked = judgement.unknown, judgement.checked
+    if recording.thinned.losses or recording.thinned.measurements:
+        unknown += (_let_go(recording),)
     prediction, adds = None, False
-    if classifier is not None:
+    if recording.imported:
+        unknown, checked = _of_a_log(unknown, checked, rules, tables["run"])
+    elif classifier is not None:
+        from diagnoser.classifier import say
+
         steps = tuple(tables["run"].steps.tolist())
         said = say(classifier, vectors_of(recording, tables), steps)
         unknown += (said.unknown,) if said.unknown is not None else ()
@@ -105,6 +141,8 @@ def diagnose(
         )
     )
     verdict, reason = _verdict(findings, recording)
+    if verdict == "healthy":
+        reason += _guessing(tables["run"])
     ending = recording.ending
     return Diagnosis(
         run=recording.run,
@@ -121,6 +159,26 @@ def diagnose(
         cost=_cost(recording),
         repairs=attempts,
     )
+
+
+def _of_a_log(
+    unknown: Sequence[Unknown], checked: Sequence[Checked], rules: Sequence[Rule], run: Table
+) -> tuple[tuple[Unknown, ...], tuple[Checked, ...]]:
+    """Says what no log holds, and takes back that a rule was checked on what this one lacks.
+
+    What a rule is about stands first in it; a second condition that does not hold makes it false
+    even where that is not known.
+    """
+    nowhere = {name for name, column in run.columns.items() if np.isnan(column.value).all()}
+    blind = [rule for rule in rules if not rule.is_sequence and rule.names[0] in nowhere]
+    told = {entry.rule for entry in unknown}
+    unknown = (
+        *(replace(entry, reason=_NOT_LOGGED) if entry.missing else entry for entry in unknown),
+        *(Unknown(r.id, MODEL, r.names[:1], _NOT_LOGGED) for r in blind if r.id not in told),
+        *_NOT_IN_LOGS,
+    )
+    ids = {rule.id for rule in blind}
+    return unknown, tuple(entry for entry in checked if entry.rule not in ids)
 
 
 def _with_confirmed(
@@ -150,6 +208,8 @@ def vectors_of(recording: Recording, tables: Mapping[Scope, Table]) -> Vectors:
         recording: The run.
         tables: Its feature tables.
     """
+    from diagnoser.classifier import EARLIER, vectors
+
     parts = [feature_tables(recording.part(share)) for share in EARLIER]
     return replace(vectors(tables), earlier=tuple(map(vectors, parts)))
 
@@ -274,6 +334,7 @@ def _explain(findings: Sequence[Finding], rules: Mapping[str, Rule]) -> list[_Ex
     by_gravity = sorted(
         (f for f in findings if rules[rule_of(f)].explains),
         key=lambda f: (
+            _nameless(f),  # what was replaced is known by what stands in its place
             not (_of_check(f) and is_grave(f.severity)),
             _of_check(f) and f.component == MODEL,  # a place explains what a probe saw, not reverse
             -severity_rank(f.severity),
@@ -346,8 +407,13 @@ def _spread(cause: Finding, symptom: Finding) -> bool:
 def _related(cause: Finding, symptom: Finding) -> bool:
     a, b = cause.component, symptom.component
     # A module that was replaced after the optimizer was built: see monitor.subject.find_models.
-    replaced = (":" in b and ":" not in a) or b.startswith("param_groups[")
+    replaced = (":" in b and ":" not in a) or _nameless(symptom)
     return MODEL in (a, b) or a == b or _inside(a, b) or _inside(b, a) or replaced
+
+
+def _nameless(finding: Finding) -> bool:
+    """Whether it is about a parameter that an optimizer holds and no model."""
+    return "param_groups[" in finding.component
 
 
 def _inside(name: str, prefix: str) -> bool:
@@ -408,17 +474,24 @@ def _worth_saying(
     reasons = {
         fact.component: str(fact.data.get("reason", ""))
         for fact in recording.facts
-        if fact.name == "unknown"
+        if fact.name == UNKNOWN
     }
     of_checks = PROGRAM_NAMES - NOTED_NAMES
     checked = not of_checks.isdisjoint(recording.measurements.quantities)
-    if not checked and any(entry.rule in checks for entry in unknown):
-        yield Unknown("checks", MODEL, (), "no step was checked: the program's calls were not seen")
+    silent = checked or recording.imported  # of a log that was said already
+    if not silent and any(entry.rule in checks for entry in unknown):
+        told = (event.message for event in recording.events if event.kind == "unchecked")
+        said = next(told, "no step was checked: the program's calls were not seen")
+        yield Unknown("checks", MODEL, (), said)
     for entry in unknown:
         if entry.rule in checks:
             why = next((reasons[name] for name in entry.missing if name in reasons), None)
             if checked and entry.component == MODEL and why is not None:
                 yield replace(entry, reason=why)
+            continue
+        if recording.imported:
+            why = next((reasons[name] for name in entry.missing if name in reasons), None)
+            yield entry if why is None else replace(entry, reason=why)
             continue
         of_attention = any(name.startswith(_OF_ATTENTION) for name in entry.missing)
         about = MODEL if entry.component == MODEL else ("layer" if of_attention else "component")
@@ -426,23 +499,44 @@ def _worth_saying(
             yield entry
 
 
+def _let_go(recording: Recording) -> Unknown:
+    """What the log of a long run does not hold any more."""
+    measurements = f"{len(recording.measured.step):,} of {recording.measurements_made:,}"
+    losses = f"{len(recording.losses.step):,} of {recording.losses_seen:,}"
+    return Unknown(
+        "log",
+        MODEL,
+        (),
+        f"of a long run it keeps {measurements} measurements and {losses} losses, the older the "
+        "fewer; what lay between them is not judged",
+    )
+
+
 def _cost(recording: Recording) -> Cost:
     ending = recording.ending
     if ending is not None and ending.cost is not None:
         return ending.cost
     steps = int(recording.losses.step.max()) + 1 if len(recording.losses.step) else 0
-    seconds = float(np.nansum(recording.measured.value))
-    return Cost(steps, len(recording.measured.step), float("nan"), seconds)
+    with np.errstate(over="ignore"):  # a sum beyond all numbers is Inf, and written so
+        seconds = float(np.nansum(recording.measured.value))
+    seconds += recording.thinned.seconds
+    return Cost(steps, recording.measurements_made, float("nan"), seconds)
 
 
 def _verdict(findings: Sequence[Finding], recording: Recording) -> tuple[str, str]:
     if findings and is_grave(findings[0].severity):
         worst = findings[0]
         return "faulty", f"{worst.fault} in {worst.component} since step {worst.since_step}"
-    steps, samples = len(recording.losses.step), len(recording.measured.step)
+    steps, samples = recording.losses_seen, recording.measurements_made
     if steps == 0:
         why = next((e.message for e in recording.events if e.kind == "nothing_seen"), None)
         return "inconclusive", why or "no training step was seen"
+    if recording.imported:
+        return (
+            "inconclusive",
+            f"no fault shows in {steps} logged losses and what was logged beside them; that a run "
+            "is healthy cannot be told from curves: `diagnoser run` measures what they do not show",
+        )
     if steps < ENOUGH_STEPS or samples < ENOUGH_MEASUREMENTS:
         return (
             "inconclusive",
@@ -454,4 +548,14 @@ def _verdict(findings: Sequence[Finding], recording: Recording) -> tuple[str, st
     return (
         "healthy",
         f"nothing of severity medium or more in {samples} measurements of {steps} steps",
+    )
+
+
+def _guessing(run: Table) -> str:
+    """Adds to a healthy verdict what nobody would call healthy, though nothing says why."""
+    last = run.columns["loss_to_chance"].value[0][-ENOUGH_MEASUREMENTS:]
+    if len(last) < ENOUGH_MEASUREMENTS or not (last > GUESSING).all():  # NaN is not above it
+        return ""
+    return (
+        f"; but at step {run.steps[-1]} the loss was still that of guessing, and why is not known"
     )

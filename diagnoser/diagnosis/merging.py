@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from diagnoser.classifier import Prediction
 from diagnoser.rules import Precision
 from diagnoser.vocabulary import MODEL, severity_rank
+
+if TYPE_CHECKING:  # by rules alone, nobody waits for it
+    from diagnoser.classifier import Prediction
 
 # What a rule counts for before it is measured, by severity.
 UNMEASURED: Final[Mapping[str, float]] = {"low": 0.05, "medium": 0.2, "high": 0.4, "critical": 0.8}

@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 
 from diagnoser.features import functions as f
+from diagnoser.features.logged import LOGGED
 from diagnoser.features.program import PROGRAM
 from diagnoser.features.published import PUBLISHED
 from diagnoser.features.source import Source
@@ -693,6 +694,14 @@ FEATURES: Final[Mapping[str, Entry]] = {
             ("attention_excess",),
             "the same over what scaled scores of queries as large as the keys have",
         ),
+        entry(
+            "initial_head_similarity",
+            "component",
+            f.initial("head_similarity"),
+            ("head_similarity",),
+            "1 less the mean difference between the weights of the two heads most alike, at the "
+            "first check",
+        ),
         *(
             entry(
                 quantity.name,
@@ -708,6 +717,7 @@ FEATURES: Final[Mapping[str, Entry]] = {
             for quantity in PROGRAM
         ),
         *PUBLISHED,
+        *LOGGED,
     )
 }
 """Name to feature and the function that computes it. A new feature is a new entry."""

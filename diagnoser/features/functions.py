@@ -15,7 +15,6 @@ from diagnoser.table import Array, Column
 from diagnoser.vocabulary import STOPPED
 
 EARLY_SAMPLES: Final = 3  # measurements that make a component's own early window
-SMOOTHED: Final = 3  # measurements of a moving median
 NEAR_THE_END: Final = 0.7  # of the run: a measurement before says nothing of its end
 RESTING: Final = 0.05  # of its highest learning rate: below it hardly anything is learned
 
@@ -33,15 +32,11 @@ def quotient(a: Array, b: Array) -> Array:
 def moving_median(values: Array) -> Array:
     """Median of the last three known values of each row, at the steps where one is known."""
     result = np.full_like(values, np.nan)
-    last = np.full((len(values), SMOOTHED), np.nan)  # the three last known values of each row
-    for step, column in enumerate(values.T):
-        known = ~np.isnan(column)
-        last[known] = np.column_stack([last[known, 1:], column[known]])
-        ordered = np.sort(last, axis=1)  # what is missing comes last
-        count = SMOOTHED - np.isnan(last).sum(axis=1)
-        low = ordered[:, 0]
-        middle = np.where(count == 2, (low + ordered[:, 1]) / 2.0, ordered[:, 1])
-        result[known, step] = np.where(count == 1, low, middle)[known]
+    for row, medians in zip(values, result, strict=True):
+        known = ~np.isnan(row)
+        own = row[known]
+        of_three = np.sort(np.stack([own[:-2], own[1:-1], own[2:]]), axis=0)[1]
+        medians[known] = np.concatenate([own[:1], (own[:1] + own[1:2]) / 2.0, of_three])
     return result
 
 
@@ -68,10 +63,11 @@ def first_known(values: Array) -> Array:
 def median_over_components(values: Array, quantile: float = 0.5) -> Array:
     """Median, or another quantile, over the components that are known at a step; (1, steps)."""
     result = np.full((1, values.shape[1]), np.nan)
-    for i, column in enumerate(values.T):
-        known = column[~np.isnan(column)]
-        if len(known):
-            result[0, i] = np.quantile(known, quantile)
+    ordered = np.sort(values, axis=0)  # what is missing comes last
+    count = len(values) - np.isnan(values).sum(axis=0)
+    for known in np.unique(count[count > 0]):
+        at = count == known
+        result[0, at] = np.quantile(ordered[:known, at], quantile, axis=0)
     return result
 
 
@@ -117,8 +113,7 @@ def loss_rise(s: Source) -> Column:
 
 
 def loss_spread(s: Source) -> Column:
-    losses = s.recording.losses
-    spread = s.windows(losses.value, losses.step, lambda w: float(np.std(w)))
+    spread = s.windows(s.recording.losses, lambda w: float(np.std(w)))
     return Column.exact(quotient(spread, np.abs(s.loss)))
 
 
@@ -139,9 +134,12 @@ def initial_loss_to_chance(s: Source) -> Column:
 
 def loss_of_chance(s: Source) -> float:
     """Of a single class there is nothing to guess, and it is not known."""
-    classes = s.run("classes").value
+    classes, factors = s.run("classes").value, s.run("loss_factor").value
     known = classes[~np.isnan(classes)]
-    return float(np.log(known.max())) if len(known) and known.max() > 1 else float("nan")
+    if not len(known) or known.max() <= 1:
+        return float("nan")
+    factor = float(np.median(factors[~np.isnan(factors)])) if (~np.isnan(factors)).any() else 1.0
+    return float(np.log(known.max())) * factor
 
 
 def loss_half_time(s: Source) -> Column:
@@ -156,8 +154,7 @@ def loss_half_time(s: Source) -> Column:
 
 
 def loss_persistence(s: Source) -> Column:
-    losses = s.recording.losses
-    return Column.exact(s.windows(losses.value, losses.step, persistence))
+    return Column.exact(s.windows(s.recording.losses, persistence, of_neighbours=True))
 
 
 def persistence(window: Array) -> float:
@@ -172,9 +169,8 @@ def persistence(window: Array) -> float:
 
 
 def loss_spike(s: Source) -> Column:
-    losses = s.recording.losses
-    highest = s.windows(losses.value, losses.step, lambda w: float(np.max(w)))
-    middle = s.windows(losses.value, losses.step, lambda w: float(np.median(w)))
+    highest = s.windows(s.recording.losses, lambda w: float(np.max(w)))
+    middle = s.windows(s.recording.losses, lambda w: float(np.median(w)))
     return Column.exact(quotient(highest, np.where(middle > 0, middle, np.nan)))
 
 
@@ -230,12 +226,16 @@ def gradient_to_median(s: Source) -> Column:
 
 def root_mean_squares(s: Source, norm: str) -> Array:
     """Root mean square of the entries behind a norm."""
-    sizes = {c.name: c.elements for c in s.recording.components}
-    return s.component(norm).value / np.sqrt([[sizes[name]] for name in s.names])
+    return s.component(norm).value / np.sqrt(s.elements)
 
 
 def scheduled_rate(s: Source) -> Array:
-    """The script's own learning rate of each component, without what a repair makes of it."""
+    """The script's own learning rate of each component, without what a repair makes of it.
+
+    Of a run without components, as an imported log is, that of the whole model.
+    """
+    if not s.names:
+        return s.run("learning_rate").value
     factor = s.component("rate_factor").value
     return s.component("learning_rate").value / np.where(np.isnan(factor), 1.0, factor)
 
@@ -455,7 +455,7 @@ def rate_growth(s: Source) -> Column:
 def at_the_end(s: Source) -> Column:
     """1 at the last measurement of a run that has ended, unless much of it came after; else 0.
 
-    A run that was stopped after its first steps has no end that says anything.
+    A run that was stopped before its time has no end that says anything.
     """
     result = np.zeros((1, len(s.steps)))
     if any(fact.name == STOPPED for fact in s.recording.facts):
@@ -515,8 +515,7 @@ def zero_gradient_share(s: Source) -> Column:
 
 def mean_over_elements(s: Source, share: Array) -> Array:
     """Mean of a share over components by their size, of those it is known of; (1, steps)."""
-    sizes = {c.name: c.elements for c in s.recording.components}
-    weight = np.array([[sizes[name]] for name in s.names], dtype=float) * ~np.isnan(share)
+    weight = s.elements * ~np.isnan(share)
     total = (np.nan_to_num(share) * weight).sum(axis=0, keepdims=True)
     return quotient(total, weight.sum(axis=0, keepdims=True))
 

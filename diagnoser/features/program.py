@@ -197,6 +197,8 @@ PROGRAM: Final[tuple[Quantity, ...]] = (
              "share of clippings with no backward between the last step and them", 1),
     Quantity("clipped_scaled", "run",
              "share of clippings of gradients that a scaler had not unscaled", 1),
+    Quantity("skipped_for_good", "run",
+             "1 where a gradient scaler skips a step although its scale is at most 1", 1),
     Quantity("cleared_gradients", "run",
              "1 where all gradients of a backward are gone or zero when the optimizer steps", 1),
     Quantity("lost_updates", "component",
@@ -210,6 +212,6 @@ NAMES: Final = frozenset(quantity.name for quantity in PROGRAM)
 # Of these, what is measured on every sample and not on checked steps alone.
 NOTED: Final = frozenset({
     "clip_ratio", "clipped_share", "clipped_scaled", "clipped_late", "cleared_gradients",
-    "scheduler_first", "schedule_length", "lost_updates", "scored_in_training", "label_classes",
-    "batch_label_entropy",
+    "skipped_for_good", "scheduler_first", "schedule_length", "lost_updates", "scored_in_training",
+    "label_classes", "batch_label_entropy",
 })  # fmt: skip

@@ -107,19 +107,17 @@ def loss_unchanged(s: Source) -> Column:
 
 
 def accuracy_unchanged(s: Source) -> Column:
-    curve = s.recording.accuracies
-    known = ~np.isnan(curve.value)
-    return Column.exact(since_unchanged(curve.value[known], curve.step[known], s.steps)[np.newaxis])
+    curve = s.accuracies
+    return Column.exact(since_unchanged(curve.value, curve.step, s.steps)[np.newaxis])
 
 
 def loss_unchanged_epochs(s: Source) -> Column:
-    return f.of_the_run(ever_unchanged(means_of_epochs(s.recording.losses.value)), s)
+    return f.of_the_run(ever_unchanged(means_of_epochs(s.even(s.recording.losses))), s)
 
 
 def accuracy_unchanged_epochs(s: Source) -> Column:
     """It is asked for in a block of twenty epochs, which is the whole run."""
-    values = s.recording.accuracies.value
-    means = means_of_epochs(values[~np.isnan(values)])
+    means = means_of_epochs(s.even(s.accuracies))
     return f.of_the_run(float(same(means[np.newaxis])[0]) if len(means) else float("nan"), s)
 
 
@@ -180,7 +178,8 @@ def unchanged_epochs(quantity: str) -> Callable[[Source], Column]:
 
     def function(s: Source) -> Column:
         values = s.component(quantity).value
-        epoch = EPOCHS * s.steps // steps_of(s)
+        # A damaged log may hold the largest step there is.
+        epoch = EPOCHS * s.steps // min(steps_of(s), int(np.iinfo(np.int64).max))
         result = np.full_like(values, np.nan)
         for r, row in enumerate(values):
             known = ~np.isnan(row)

@@ -15,7 +15,7 @@ from diagnoser.monitor.sample import Sample
 from diagnoser.monitor.schedule import Schedule
 from diagnoser.runlog import RunLogWriter
 from diagnoser.types import Where
-from diagnoser.vocabulary import MODEL
+from diagnoser.vocabulary import MODEL, UNKNOWN
 
 
 class Checking:
@@ -82,8 +82,8 @@ class Checking:
         for quantity, reason in found.unknown.items():
             if self._told.get(quantity) != reason:
                 self._told[quantity] = reason
-                self._log.fact(seen.step, "unknown", quantity, 1.0, {"reason": reason})
-        self._log.measurement(seen.step, found.rows, time.perf_counter() - begun)
+                self._log.fact(seen.step, UNKNOWN, quantity, 1.0, {"reason": reason})
+        self._log.measurement(seen.step, found.rows, max(time.perf_counter() - begun, 0.0))
 
     def place(self, step: int, what: str, component: str, where: Where | None) -> None:
         """Logs where in the program something is, once."""

@@ -3,8 +3,9 @@
 One function is replaced (`torch.autograd.backward`, which `Tensor.backward`, Lightning, Hugging
 Face and accelerate all look up when they are called), one global optimizer post-hook is the clock,
 and some constructors keep books: which modules and optimizers exist, which tensors retain a
-gradient or have a hook, by what a `GradScaler` multiplied a loss. Clipping and schedules leave
-notes. The forward is touched on the few steps that are checked alone, where calls are recorded.
+gradient or have a hook, by what a `GradScaler` multiplied a loss, which steps it skips. Clipping
+and schedules leave notes. The forward is touched on the few steps that are checked alone, where
+calls are recorded.
 
 On unmeasured steps this costs a few Python calls a step (benchmarks/overhead.py).
 """
@@ -48,11 +49,14 @@ class Listener(Protocol):
     def after_backward(self) -> None:
         """The backward pass has returned."""
 
-    def before_step(self) -> None:
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer's step begins; a closure may run whole backwards inside it."""
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         """An optimizer has made a real step."""
+
+    def step_skipped(self, optimizer: torch.optim.Optimizer, scale: float) -> None:
+        """A gradient scaler left a step out: gradients times ``scale`` are not finite."""
 
 
 T = TypeVar("T")
@@ -140,8 +144,39 @@ class Notes:
     scheduler_place: Where | None = None
 
 
+class TrainingThread:
+    """The thread that is watched: the first that trains, and when it has ended the next.
+
+    Not the next where both trained at once: half of its losses would follow those of the first.
+
+    Attributes:
+        shared: Whether another one was seen to train while this one lived.
+    """
+
+    def __init__(self) -> None:
+        self.shared = False
+        self._ident: int | None = None
+        self._thread: threading.Thread | None = None
+
+    def may_be_this(self) -> bool:
+        """Whether the running thread is watched, or may yet be."""
+        return self._ident is None or threading.get_ident() == self._ident
+
+    def is_this(self) -> bool:
+        """Whether the running thread, which trains, is the one that is watched."""
+        if threading.get_ident() == self._ident:
+            return True
+        if self._thread is None or not (self.shared or self._thread.is_alive()):
+            self._thread, self._ident = threading.current_thread(), threading.get_ident()
+            return True
+        self.shared = True
+        return False
+
+
 class Interception:
     """Installs the patches on entry, takes every one of them back on exit."""
+
+    _installed = False
 
     def __init__(self, listener: Listener) -> None:
         self.books = Books(
@@ -155,21 +190,25 @@ class Interception:
             optimizer_places={},
         )
         self.notes = Notes()
-        self.recorder = CallRecorder()
+        self.thread = TrainingThread()
+        self.recorder = CallRecorder(self.thread.may_be_this)
         self._listener = listener
-        self._thread = threading.get_ident()
         self._undo: list[Callable[[], None]] = []
+        self._backward: Callable[..., None] | None = None
+        self._was_replaced = False
 
     def __enter__(self) -> Interception:
-        if getattr(torch.autograd.backward, "_diagnoser", False):
+        if Interception._installed:
             raise UsageError("training is watched already: leave the first watch before a second")
-        books, notes, thread = self.books, self.notes, self._thread
+        Interception._installed = True
+        books, notes, thread = self.books, self.notes, self.thread
         original = torch.autograd.backward
 
         @functools.wraps(original)
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
             nested = torch._C._current_graph_task_id() != -1  # reentrant checkpointing
-            if nested or threading.get_ident() != thread:
+            # Somebody who patched on top of us may call this when the watch is over.
+            if nested or not self._undo or not thread.is_this():
                 original(tensors, *args, **kwargs)
                 return
             self._listener.before_backward(tensors)
@@ -177,17 +216,24 @@ class Interception:
             notes.stepped = False
             self._listener.after_backward()
 
-        backward._diagnoser = True  # type: ignore[attr-defined]
+        self._backward = backward
         self._replace(torch.autograd, "backward", backward)
 
         def stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            if not thread.may_be_this():
+                return
             notes.stepped = True
-            self._listener.after_step(optimizer)
+            if _found_inf(optimizer):
+                self._listener.step_skipped(optimizer, self._scale())
+            else:
+                self._listener.after_step(optimizer)
 
-        handle = register_optimizer_step_post_hook(stepped)
-        self._undo.append(handle.remove)
-        begin = register_optimizer_step_pre_hook(lambda *_: self._listener.before_step())
-        self._undo.append(begin.remove)
+        def begins(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            if thread.may_be_this():
+                self._listener.before_step(optimizer)
+
+        self._undo.append(register_optimizer_step_post_hook(stepped).remove)
+        self._undo.append(register_optimizer_step_pre_hook(begins).remove)
 
         self._after(nn.Module, "__init__", lambda module, *_: books.modules.add(module))
         self._after(nn.Module, "__setstate__", lambda module, *_: books.modules.add(module))
@@ -196,6 +242,7 @@ class Interception:
         self._after(Tensor, "register_hook", self._note_tensor_hook)
         self._after(BackwardHook, "__init__", lambda hook, *_: books.backward_hooks.add(hook))
         self._note_scaled_losses()
+        self._note_skipped_steps()
         self._note_clips()
         schedule = torch.optim.lr_scheduler.LRScheduler
         self._after(schedule, "__init__", lambda made, *_: books.schedulers.add(made))
@@ -205,8 +252,17 @@ class Interception:
 
     def __exit__(self, *_: object) -> None:
         self.recorder.end("the watch is over")
+        self._was_replaced = not self.is_in_place
         while self._undo:
             self._undo.pop()()
+        Interception._installed = False
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether `torch.autograd.backward` is, or was to the end, the one that was put there."""
+        if not self._undo:
+            return not self._was_replaced
+        return torch.autograd.backward is self._backward
 
     @contextmanager
     def telling(self, listener: Listener) -> Iterator[None]:
@@ -352,3 +408,32 @@ class Interception:
             return scaled
 
         self._replace(scaler, "scale", scale)
+
+    def _note_skipped_steps(self) -> None:
+        scaler, notes = torch.amp.grad_scaler.GradScaler, self.notes
+        original = scaler.step
+
+        @functools.wraps(original)
+        def step(instance: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            before, notes.stepped = notes.stepped, False
+            result = original(instance, optimizer, *args, **kwargs)
+            if not notes.stepped:
+                notes.stepped = before
+                found = instance._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+                if any(bool(infinite) for infinite in found.values()):  # as torch has read it, too
+                    self._listener.step_skipped(optimizer, instance.get_scale())
+            return result
+
+        self._replace(scaler, "step", step)
+
+    def _scale(self) -> float:
+        return max((scaler.get_scale() for scaler in self.books.scalers), default=1.0)
+
+
+def _found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a fused step, which skips by itself, found gradients that are not finite.
+
+    On another device that stays unknown, since reading it would wait for the device.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, Tensor) and found.device.type == "cpu" and bool(found)

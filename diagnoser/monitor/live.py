@@ -51,13 +51,18 @@ class LiveGraphs:
         self._ready = True
         self._checked: dict[tuple[str, ...], str] = {}  # to what is wrong, if anything
 
-    def follow(self, modules: Iterable[nn.Module]) -> None:
-        """Notes calls of compiled modules from now on, in place of those followed before."""
+    def follow(self, modules: Iterable[nn.Module]) -> bool:
+        """Notes calls of compiled modules from now on, in place of those followed before.
+
+        Returns:
+            Whether there is one.
+        """
         self.stop()
         calls = CompiledCalls(modules)
         if calls.modules:
             self._calls = calls.__enter__()
             self._ready = False
+        return bool(calls.modules)
 
     def forget(self) -> None:
         """Lets go of the calls noted so far: their graph is gone."""

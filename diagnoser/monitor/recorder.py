@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody calls it
 from torch import Tensor, nn
 
-from diagnoser.checks import Call, Calls, LossCall, scored_in_training, user_line
+from diagnoser.checks import Call, Calls, LossCall, scored_in_training, unwrapped, user_line
 from diagnoser.types import Where
 
 LOSSES = (
@@ -36,6 +35,16 @@ def _is_compiled(module: nn.Module) -> bool:
     return kind == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
+def _is_shell(module: nn.Module) -> bool:
+    """Whether the model that is called is inside: of DDP, and of a module that Lightning lends DDP.
+
+    It gives it its training step for a forward meanwhile.
+    """
+    names = {kind.__name__ for kind in type(module).__mro__}
+    lent = "LightningModule" in names and "forward" in vars(module)
+    return lent or "DistributedDataParallel" in names
+
+
 class CallRecorder:
     """Keeps the outermost calls of the running step while it is on.
 
@@ -44,13 +53,16 @@ class CallRecorder:
         step: The running one, as the monitor counts.
         ended: Why nothing more is recorded; None while it may be.
         paused: Whether the monitor itself is at work, whose calls are no evaluations.
+
+    Args:
+        is_watched: Whether the running thread is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_watched: Callable[[], bool]) -> None:
         self.evaluations: list[tuple[int, bool, Where | None]] = []
         self.step = 0
         self.ended: str | None = None
-        self._thread = threading.get_ident()
+        self._is_watched = is_watched
         self._calls = Calls()
         self._depth = 0
         self._undo: list[Callable[[], None]] = []
@@ -92,7 +104,7 @@ class CallRecorder:
         """Looks at the first model that is called from here on without gradients."""
         if self._undo or self.paused or self.ended is not None:
             return
-        if len(self.evaluations) >= MOST_EVALUATIONS or threading.get_ident() != self._thread:
+        if len(self.evaluations) >= MOST_EVALUATIONS or not self._is_watched():
             return
         if sys._getframe(2).f_globals.get("__name__", "").startswith(NO_EVALUATION):
             return
@@ -109,14 +121,16 @@ class CallRecorder:
 
     def _install(self, note: Callable[..., None]) -> None:
         original = nn.Module.__call__
-        recorder, thread = self, self._thread
+        recorder, is_watched = self, self._is_watched
 
         @functools.wraps(original)
         def call(module: Any, /, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or threading.get_ident() != thread:
+            if torch.compiler.is_compiling() or not is_watched():
                 return original(module, *args, **kwargs)
             if _is_compiled(module):  # before the watch began
                 recorder.end(COMPILED)
+                return original(module, *args, **kwargs)
+            if _is_shell(module):
                 return original(module, *args, **kwargs)
             recorder._depth += 1
             try:
@@ -133,16 +147,17 @@ class CallRecorder:
         if not torch.is_grad_enabled():
             self._note_evaluation(module, args, kwargs, output)
         elif len(self._calls.modules) < MOST_CALLS and torch._C._get_tracing_state() is None:
+            model = unwrapped(module)  # what spreads it over ranks is not what is checked
             self._calls.modules.append(
-                Call(module, args, kwargs, output, module.training, torch.is_grad_enabled(),
+                Call(model, args, kwargs, output, model.training, torch.is_grad_enabled(),
                      user_line())
             )  # fmt: skip
 
     def _note_evaluation(self, module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
         if torch.is_grad_enabled() or len(self.evaluations) >= MOST_EVALUATIONS:
             return
-        place = user_line()
-        said = scored_in_training(Call(module, args, kwargs, None, module.training, False, place))
+        place, model = user_line(), unwrapped(module)
+        said = scored_in_training(Call(model, args, kwargs, None, model.training, False, place))
         if said is not None:
             self.evaluations.append((self.step, said, place))
             self.leave_no_grad()

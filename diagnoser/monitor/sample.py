@@ -33,11 +33,15 @@ from diagnoser.curvature import (
     forms_of,
     precondition,
     row_curvature,
+    sharded_row_curvature,
 )
+from diagnoser.monitor.shards import local
 from diagnoser.monitor.subject import StepRule, Subject
+from diagnoser.runlog import SHARD
 from diagnoser.statistics import (
     GraphReading,
     cosines,
+    counts,
     inner_products,
     non_finite_counts,
     nonzero_shares,
@@ -63,6 +67,7 @@ class Along:
     rows: RowCurvature
     descent: Array  # g_i'd_i, (components,)
     loss: float
+    metric: Mapping[str, float] | None = None  # see `Sample._step_metric`
 
 
 class KnownEnds:
@@ -97,12 +102,15 @@ class Sample:
     seconds: float = 0.0
     before: dict[str, Tensor] = field(default_factory=dict)  # parameters before the step
     gradient: dict[str, Tensor] = field(default_factory=dict)  # of the first step, unclipped
+    passing: dict[str, Tensor] = field(default_factory=dict)  # of the running step, gone after it
+    factor: float | None = 0.0  # of the classification losses of the first step, if all are such
     reached: set[str] = field(default_factory=set)  # parameters that the loss depends on
     update: dict[str, Tensor] = field(default_factory=dict)
     rules: dict[str, StepRule] = field(default_factory=dict)
     along: Along | None = None
     place: str = ""  # where curvature is measured, see `_estimate`
     curved: bool = False  # curvature along the coming step was measured
+    several: bool = False  # a step has several losses, and not each reaches everything
     blocks_read: bool = False  # all curvature was measured that is not along a step
     left_gradients: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -118,6 +126,28 @@ class Sample:
             if not math.isnan(value)
         ]
 
+    def elements(self, quantity: str, values: Array, count: Array | None = None) -> None:
+        """Adds a quantity of the elements of every component.
+
+        Of sharded parameters only those on this rank are known: then it is logged as one of a shard
+        with the number of elements behind it, NaN included, for `runlog.ranks` to put together;
+        and one of the model, which says that this was all that the rank has of it.
+        """
+        if not self.subject.sharded:
+            self.components(quantity, values)
+            return
+        sizes = np.nan_to_num(self.subject.elements if count is None else count).tolist()
+        found = [*zip(self.subject.names, values.tolist(), sizes, strict=True), (MODEL, 1.0, 1.0)]
+        self.rows += [
+            Measurement(self.step, SHARD + quantity, name, Estimate(value, samples=int(size)))
+            for name, value, size in found
+            if size > 0
+        ]
+
+    def _forget(self, quantities: Collection[str]) -> None:
+        """Takes back rows that are about to be read again."""
+        self.rows = [r for r in self.rows if r.quantity.removeprefix(SHARD) not in quantities]
+
     # -- first step ------------------------------------------------------------------------------
 
     def read_graph(self, reading: GraphReading) -> None:
@@ -128,7 +158,11 @@ class Sample:
             self.run("classes", float(reading.loss.classes))
         self.run("probabilities_into_loss", float(reading.probabilities_into_loss is not None))
         merged: dict[str, list[tuple[float, float, float]]] = {}
+        by_head: dict[str, list[float]] = {}
         for attention in reading.attention:
+            heads = self.subject.query_heads(attention.parameters)
+            for name, own in zip(heads, attention.entropy_by_head, strict=False):
+                by_head.setdefault(name, []).append(own)
             layer = self.subject.layer_of(attention.parameters)
             if layer is not None:
                 merged.setdefault(layer, []).append(
@@ -144,7 +178,8 @@ class Sample:
                 if not math.isnan(value):
                     estimate = Estimate(float(value))
                     self.rows.append(Measurement(self.step, quantity, layer, estimate))
-
+        entropies = [float(np.mean(by_head.get(name, math.nan))) for name in self.subject.names]
+        self.components("head_entropy", np.array(entropies))
         self._read_inputs(reading)
 
     def _read_inputs(self, reading: GraphReading) -> None:
@@ -159,28 +194,54 @@ class Sample:
             values = [math.nan if i is None else getattr(i, quantity) for i in own]
             self.components(f"input_{quantity}", np.array(values))
 
-    def read_gradients(self, *, keep: bool) -> None:
-        """Reads the gradients that the backward has just left, before anything clips them."""
-        parameters, parts = self.subject.parameters, self.subject.parts
-        gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-        size = norms(parts, gradients)
-        self.rows = [row for row in self.rows if row.quantity not in _GRADIENT_QUANTITIES]
-        self.components("reached", self.subject.shares(dict.fromkeys(gradients, True)))
-        self.components("gradient_norm", np.where(np.isfinite(size), size, np.nan))
-        self.components("zero_share", 1.0 - nonzero_shares(parts, gradients))
-        self.components("non_finite_gradient", non_finite_counts(parts, gradients))
+    def read_passing(self, optimizer: torch.optim.Optimizer, *, keep: bool) -> None:
+        """Keeps the gradients of an optimizer that steps, and clears, inside of a backward."""
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            name = self.subject.name_of.get(id(parameter))
+            if name is not None and parameter.grad is not None:
+                self.passing[name] = local(parameter.grad).detach().clone()
+                if keep:
+                    self.before[name] = local(parameter).detach().clone()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients of the last backward, by parameter; of shards those on this rank."""
+        return {**self.passing, **self.subject.gradients()}
+
+    def read_gradients(
+        self, *, keep: bool, scale: float = 1.0, stepped: Collection[str] = ()
+    ) -> None:
+        """Reads the gradients that the backward has just left, before anything clips them.
+
+        Args:
+            keep: Also for what the second step compares with, and for the update.
+            scale: What a gradient scaler has multiplied them by.
+            stepped: Parameters that were stepped before this backward, of another loss: theirs are
+                those that were read then.
+        """
+        subject, parts = self.subject, self.subject.parts
+        gradients = self.gradients()
+        gradients |= {n: self.gradient[n] for n in stepped if n in self.gradient}
+        size = norms(parts, gradients) / scale
+        self._forget(_GRADIENT_QUANTITIES)
+        self.components("reached", subject.shares(dict.fromkeys(gradients, True)))
+        self.elements("gradient_norm", np.where(np.isfinite(size), size, np.nan))
+        self.elements(
+            "zero_share", 1.0 - nonzero_shares(parts, gradients), counts(parts, gradients)
+        )
+        self.elements("non_finite_gradient", non_finite_counts(parts, gradients))
         if keep:
             self.gradient = {n: g.detach().clone() for n, g in gradients.items()}
             # Once a step: another optimizer may have stepped before a second backward.
-            self.before = self.before or {n: p.detach().clone() for n, p in parameters.items()}
+            missing = {n: p for n, p in subject.weights().items() if n not in self.before}
+            self.before |= {n: p.clone() for n, p in missing.items()}
 
     def read_weights(self) -> None:
         """Reads weight norms and scale, and what may be trained."""
-        subject = self.subject
-        size = norms(subject.parts, subject.parameters)
-        self.components("weight_norm", np.where(np.isfinite(size), size, np.nan))
-        self.components("non_finite_weight", non_finite_counts(subject.parts, subject.parameters))
-        self.components("weight_scale", subject.weight_scale(size))
+        subject, weights = self.subject, self.subject.weights()
+        size = norms(subject.parts, weights)
+        self.elements("weight_norm", np.where(np.isfinite(size), size, np.nan))
+        self.elements("non_finite_weight", non_finite_counts(subject.parts, weights))
+        self.elements("weight_scale", subject.weight_scale(size))
         trainable = {n: p.requires_grad for n, p in subject.parameters.items()}
         self.components("trainable", subject.shares(trainable))
 
@@ -192,66 +253,79 @@ class Sample:
         Called after every optimizer's step, each time for all that has changed since the backward.
         """
         subject, parts = self.subject, self.subject.parts
-        self.rows = [row for row in self.rows if row.quantity not in _UPDATE_QUANTITIES]
+        self._forget(_UPDATE_QUANTITIES)
         if optimized is not None:
             self.components("optimized", subject.shares(optimized))
         if not self.before:
             return
-        self.update = {n: subject.parameters[n].detach() - old for n, old in self.before.items()}
+        weights = subject.weights()
+        self.update = {n: weights[n] - old for n, old in self.before.items()}
         self.rules = dict(rules)
-        size, weights = norms(parts, self.update), norms(parts, self.before)
-        self.components("update_norm", np.where(np.isfinite(size), size, np.nan))
+        size, before = norms(parts, self.update), norms(parts, self.before)
+        self.elements("update_norm", np.where(np.isfinite(size), size, np.nan))
         with np.errstate(invalid="ignore", divide="ignore"):
-            ratio = np.where(weights > 0, size / weights, np.nan)
-        self.components("update_ratio", np.where(np.isfinite(ratio), ratio, np.nan))
+            ratio = np.where(before > 0, size / before, np.nan)
+        if not subject.sharded:  # of shards it follows from the norms
+            self.components("update_ratio", np.where(np.isfinite(ratio), ratio, np.nan))
         rates = {n: rule.learning_rate for n, rule in rules.items()}
         self.components("learning_rate", subject.per_component(rates))
         factors = {n: rule.rate_factor for n, rule in rules.items()}
         if any(factor != 1.0 for factor in factors.values()):
             self.components("rate_factor", subject.per_component(factors))
-        self.components("moment_ratio", self._moment_ratio())
+        self.elements("moment_ratio", *self._moment_ratio())
 
     def read_lost_updates(self, rounded: Collection[str]) -> None:
         """Share of elements of some parameters with a gradient that the step left as they were."""
-        self.rows = [row for row in self.rows if row.quantity != "lost_updates"]
+        self._forget({"lost_updates"})
         stuck = {
             name: ((self.gradient[name] != 0) & (update == 0)).float()
             for name, update in self.update.items()
             if name in rounded and name in self.gradient
         }
         if stuck:
-            self.components("lost_updates", nonzero_shares(self.subject.parts, stuck))
+            parts = self.subject.parts
+            self.elements("lost_updates", nonzero_shares(parts, stuck), counts(parts, stuck))
 
-    def settle_update(self) -> None:
+    def skip_update(self) -> None:
+        """Drops what a scaler's step that was not made, and is to be taken smaller, has left."""
+        self._forget(_GRADIENT_QUANTITIES)
+        self.gradient, self.before = {}, {}
+
+    def settle_update(self, *, as_expected: bool = True) -> None:
         """Ends the first step: every optimizer has stepped.
 
         Curvature along a predicted step is rescaled to the step made, or given up where that went
         another way: the next step then measures it along this one.
+
+        Args:
+            as_expected: The step had as many backwards as the curvature was measured for.
         """
-        self.before = {}
+        self.before, self.passing = {}, {}
         if self.along is None:
             return
         parts, predicted = self.subject.parts, self.along.direction
         both = float(np.nansum(inner_products(parts, self.update, predicted)))
         made = float(np.nansum(inner_products(parts, self.update, self.update)))
         square = float(np.nansum(inner_products(parts, predicted, predicted)))
-        if made > 0 and square > 0 and both > GOOD_PREDICTION * math.sqrt(made * square):
+        alike = both > GOOD_PREDICTION * math.sqrt(made * square)
+        if as_expected and made > 0 and square > 0 and alike:
             self.run("predicted_update_cosine", both / math.sqrt(made * square))
             self.add_curvature(both / square)
         else:
             self.along, self.curved = None, False
 
-    def _moment_ratio(self) -> Array:
+    def _moment_ratio(self) -> tuple[Array, Array]:
         """Root mean square of gradient over Adam's second moment: sqrt(mean(g^2 / v_hat)).
 
-        Far above 1 where the running average lags behind a sudden gradient (Wortsman et al. 2023,
-        2304.13013, section 3.4; Bai et al. 2025, 2506.04805). Entries without any second moment
-        (never a gradient) are left out.
+        And the number of entries of each mean. Far above 1 where the running average lags behind a
+        sudden gradient (Wortsman et al. 2023, 2304.13013, section 3.4; Bai et al. 2025,
+        2506.04805). Entries without any second moment (never a gradient) are left out.
         """
         ratios: dict[str, Tensor] = {}
         counts: dict[str, Tensor] = {}
+        gradients = self.gradients()
         for name, rule in self.rules.items():
-            gradient = self.subject.parameters[name].grad
+            gradient = gradients.get(name)
             if rule.second_moment is None or gradient is None:
                 continue
             known = rule.second_moment > rule.eps**2
@@ -259,27 +333,38 @@ class Sample:
             dense = gradient.detach().to_dense()
             ratios[name] = torch.where(known, dense * dense / rule.second_moment, 0.0)
         if not ratios:
-            return np.full(len(self.subject.components), np.nan)
+            none = np.full(len(self.subject.components), np.nan)
+            return none, none
         total, count = sums(self.subject.parts, ratios), sums(self.subject.parts, counts)
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.sqrt(np.where(count > 0, total / count, np.nan))
+            return np.sqrt(np.where(count > 0, total / count, np.nan)), count
 
     # -- second step -----------------------------------------------------------------------------
 
     def read_cosine(self) -> None:
         """Cosine of this step's gradient to the first step's, per component and for the model."""
-        gradients = {n: p.grad for n, p in self.subject.parameters.items() if p.grad is not None}
-        shared = {n: g.detach() for n, g in gradients.items() if n in self.gradient}
-        if shared:
+        both = self.reached & self.gradient.keys()  # of others an older one may still stand
+        shared = {n: g.detach() for n, g in self.gradients().items() if n in both}
+        if shared and self.subject.sharded:
+            self._forget({"gradient_product", "next_gradient_norm"})
+            parts = self.subject.parts
+            self.elements("gradient_product", inner_products(parts, shared, self.gradient))
+            self.elements("next_gradient_norm", norms(parts, shared))
+        elif shared:
             self.components("gradient_cosine", cosines(self.subject.parts, shared, self.gradient))
-        self.gradient = {}
+        if shared:  # else they come with a later backward of the step
+            self.gradient = {}
 
     def measurable(self, hessian: Operator) -> list[Component]:
-        """The components all of whose parts the Hessian has (frozen ones are left out)."""
+        """The components all of whose parts the Hessian has (frozen ones are left out).
+
+        Of several losses it is the first one's: what that does not reach is left out, too.
+        """
+        known = hessian.parameters.keys() & self.reached if self.several else hessian.parameters
         return [
             component
             for component in self.subject.components
-            if all(part.parameter in hessian.parameters for part in component.parts)
+            if all(part.parameter in known for part in component.parts)
         ]
 
     def read_curvature(self, hessian: Operator, direction: Mapping[str, Tensor]) -> None:
@@ -296,7 +381,8 @@ class Sample:
         """Adds curvature along the step; ``scale`` is how long it was against the direction.
 
         ``update_curvature``: d_i'(Hd)_i in units of the loss. ``update_curvature_share``: half of
-        it over the loss, what curvature adds to the loss in one step. ``overshoot``: half of d'Hd
+        it over the loss, what curvature adds to the loss in one step. ``step_descent``: g'd, what
+        the gradient adds; ``step_loss``: the loss that both are of. ``overshoot``: half of d'Hd
         over |g'd|: above 1 the quadratic model says that the step raises the loss although the
         gradient says it falls. ``step_sharpness``: learning rate times curvature along the step
         over what the optimizer's stability allows, d_i'(Hd)_i / (d_i'P_i d_i / learning rate) *
@@ -305,8 +391,9 @@ class Sample:
         if self.along is None:
             return
         found, self.along = self.along, None
-        metric = self._step_metric(found.direction)
+        metric = self._step_metric(found.direction) if found.metric is None else found.metric
         estimates = {**found.rows.components, MODEL: found.rows.total}
+        self.run("step_loss", found.loss)
         for name, estimate in estimates.items():
             square = scale * scale
             self._estimate("update_curvature", name, estimate, square)
@@ -315,9 +402,29 @@ class Sample:
                 self._estimate("update_curvature_share", name, estimate, share)
             if metric.get(name, math.nan) > 0:
                 self._estimate("step_sharpness", name, estimate, 1 / metric[name])
-        descent = abs(float(np.nansum(found.descent)))
-        if descent > 0:
-            self._estimate("overshoot", MODEL, found.rows.total, 0.5 * scale / descent)
+        descent = float(np.nansum(found.descent))
+        if descent:
+            self.run("step_descent", scale * descent)
+            self._estimate("overshoot", MODEL, found.rows.total, 0.5 * scale / abs(descent))
+
+    def read_sharded_curvature(self, losses: Sequence[Callable[[], Tensor]]) -> None:
+        """Measures curvature along the step that was made, where parameters are sharded.
+
+        All ranks must come here; see `curvature.sharded`.
+        """
+        subject = self.subject
+        trained = {n: p for n, p in subject.parameters.items() if p.requires_grad}
+        direction = {n: d for n, d in self.update.items() if n in trained}
+        weighted = self._preconditioned(direction)
+        found = sharded_row_curvature(
+            losses, trained, subject.weights(), direction, weighted, subject.held
+        )
+        metric = {n: m for n, m in found.metric.items() if m > 0}
+        if weighted.keys() == direction.keys():
+            metric[MODEL] = sum(found.metric.values())
+        self.place, self.curved = "probe", True
+        self.along = Along(direction, found.rows, np.array(found.descent), found.loss, metric)
+        self.add_curvature()
 
     def read_gradient_curvature(self, hessian: Operator) -> None:
         """Curvature along the gradient, g_i'(Hg)_i / g_i'g_i, from one product."""
@@ -334,11 +441,7 @@ class Sample:
 
     def _step_metric(self, direction: Mapping[str, Tensor]) -> dict[str, float]:
         """D'Pd / (learning rate * factor), per component and in all; NaN where it is not known."""
-        weighted: dict[str, Tensor] = {}
-        for name, rule in self.rules.items():
-            rate = rule.learning_rate * rule.factor
-            if name in direction and rate > 0:
-                weighted[name] = direction[name] * rule.preconditioner() / rate
+        weighted = self._preconditioned(direction)
         if not weighted:
             return {}
         values = inner_products(self.subject.parts, direction, weighted)
@@ -346,6 +449,15 @@ class Sample:
         if weighted.keys() == direction.keys():
             metric[MODEL] = float(np.nansum(values))
         return metric
+
+    def _preconditioned(self, direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``P d / (learning rate * factor)`` of the parameters of which P is known."""
+        weighted: dict[str, Tensor] = {}
+        for name, rule in self.rules.items():
+            rate = rule.learning_rate * rule.factor
+            if name in direction and rate > 0:
+                weighted[name] = direction[name] * rule.preconditioner() / rate
+        return weighted
 
     def read_spectrum(
         self,
@@ -517,5 +629,5 @@ _INTERACTION_QUANTITIES = {"coupling", "coupling_share", "block_curvature"}
 _GRADIENT_QUANTITIES = {"reached", "gradient_norm", "zero_share", "non_finite_gradient"}
 _UPDATE_QUANTITIES = {
     "optimized", "update_norm", "update_ratio", "learning_rate", "rate_factor", "moment_ratio",
-    "optimizers",
+    "optimizers", "shared_loss", "skipped_for_good",
 }  # fmt: skip

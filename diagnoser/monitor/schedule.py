@@ -22,6 +22,7 @@ SMALL_STEP_BUDGET_S = 100e-6
 MINIMUM_GAP = 5  # steps between two samples that the budget pays for
 MOST_TRIGGERED = 8  # samples of a run
 TRIGGER_GAP = 10  # steps between two of them
+LATER = 0.25  # of the steps so far, between two samples that ranks agree on
 STEPS_IN_ADVANCE = 400  # whose allowance triggered samples may spend before it is earned
 CHECKS_GAP = 50  # steps between two checks, and half of the steps so far
 CHECKS_BUDGET = 0.03  # of training time, for checks beyond the first
@@ -71,6 +72,10 @@ class Schedule:
     samples at its steps, each with the turns it names beside them, whatever they cost. ``alarmed``
     is set from outside or by a trigger, and stays.
 
+    ``agreed`` lets step numbers alone decide, as ranks that must measure at the same steps need it:
+    beyond the guaranteed samples each comes a quarter later than the one before, every other with
+    curvature, and neither the budget nor what a rank sees has a say.
+
     Triggered samples have an account of their own. It may never exceed what the budget allows for
     all steps so far and the next `STEPS_IN_ADVANCE`, so that they are there early in a run, when
     the guaranteed measurements have used everything up; and it is taken off what other samples may
@@ -81,6 +86,7 @@ class Schedule:
     every: int | None = None
     at: Mapping[int, Collection[str]] = field(default_factory=dict)
     alarmed: bool = False
+    agreed: bool = False
     training_s: float = 0.0
     guaranteed_s: float = 0.0
     bought_s: float = 0.0
@@ -120,6 +126,8 @@ class Schedule:
         if step in GUARANTEED_STATISTICS:
             curvature = step in GUARANTEED_CURVATURE or self._asked
             return self._sample(step, Plan(follow=True, curvature=curvature, guaranteed=True))
+        if self.agreed:
+            return self._agreed_at(step)
         if self._asked:
             return self._sample(step, Plan(follow=True, curvature=True, triggered=True))
         if step < 5 or step - self._last_sample < MINIMUM_GAP:
@@ -127,7 +135,8 @@ class Schedule:
         if step + 1 in GUARANTEED_STATISTICS:  # its second step would take the place of that one
             return Plan()
         turn = TURNS[self._turn % len(TURNS)] if self.alarmed else "statistics"
-        if self.credit < self.expected_cost(turn):
+        # Where a script has stopped the clock nothing is earned, and nothing seems to cost.
+        if not self.training_s or self.credit < self.expected_cost(turn):
             return Plan()
         self._turn += self.alarmed
         return self._sample(
@@ -139,6 +148,14 @@ class Schedule:
                 interaction=turn == "interaction",
             ),  # fmt: skip
         )
+
+    def _agreed_at(self, step: int) -> Plan:
+        gap = max(round(LATER * self._last_sample), MINIMUM_GAP)
+        if step < GUARANTEED_STATISTICS[-1] or step - self._last_sample < gap:
+            return Plan()
+        self._turn += 1
+        curvature = self._turn % 2 == 0
+        return self._sample(step, Plan(follow=True, curvature=curvature, guaranteed=True))
 
     def measure_at(self, steps: Iterable[int]) -> None:
         """From now on forces samples at these steps alone: statistics, the last with curvature."""
@@ -164,6 +181,7 @@ class Schedule:
         self.alarmed = True
         if (
             self.forced
+            or self.agreed
             or self._triggered >= MOST_TRIGGERED
             or step + 1 - self._last_triggered < TRIGGER_GAP
             or self.triggered_s + self.expected_cost("sample")
@@ -178,7 +196,7 @@ class Schedule:
     def wants_checks(self, step: int) -> bool:
         """Returns whether a step is to be checked; asked before its forward, once a step."""
         wanted = step in GUARANTEED_CHECKS
-        if not wanted and step - self._last_check >= max(CHECKS_GAP, step // 2):
+        if not wanted and not self.agreed and step - self._last_check >= max(CHECKS_GAP, step // 2):
             small = self.step_s < SMALL_STEP_S
             allowance = SMALL_STEP_CHECKS_S if small else CHECKS_BUDGET * self.step_s
             wanted = self.checks_s + self._costs.get("checks", 0.0) <= allowance * self.steps

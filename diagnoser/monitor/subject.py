@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from diagnoser.components import free_component, layers_of, parameters_of, split_components
+from diagnoser.components import (
+    free_component,
+    head_of,
+    layers_of,
+    parameters_of,
+    split_components,
+)
+from diagnoser.monitor.shards import (
+    as_sharded,
+    elements_of,
+    held,
+    is_sharded,
+    local,
+    refuse_flattened,
+)
 from diagnoser.statistics import PartList
 from diagnoser.stepping import groups_of_step, own_rates
 from diagnoser.types import Component
@@ -23,6 +38,7 @@ Array = NDArray[np.float64]
 
 
 HALF = (torch.float16, torch.bfloat16)
+MAKES_LOGITS = ("query", "key", "attention_projection", "attention_context")
 
 
 def is_rounded(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
@@ -39,7 +55,8 @@ def is_rounded(optimizer: torch.optim.Optimizer, parameter: Tensor) -> bool:
         and value.dtype in (torch.float32, torch.float64)
         and value.shape == parameter.shape
     )
-    return not any(torch.equal(value.to(parameter.dtype), parameter.detach()) for value in kept)
+    own = local(parameter).detach()
+    return not any(torch.equal(local(value).to(own.dtype), own) for value in kept)
 
 
 @dataclass(frozen=True)
@@ -67,20 +84,41 @@ class StepRule:
 
 
 class Subject:
-    """Models, their split into components, and the parameters as tensors by name."""
+    """Models, their split into components, and the parameters as tensors by name.
 
-    def __init__(self, models: Mapping[str, nn.Module], free: Mapping[str, Tensor]) -> None:
+    Attributes:
+        sharded: Whether FSDP2 has spread parameters over ranks. Then `weights` and `gradients` are
+            of the elements on this rank, and ``parts`` the places of these.
+        held: The components, with those of their parts that are on this rank.
+        parts: All of these parts.
+        elements: How many of each component ``parts`` cover.
+
+    Raises:
+        MeasurementError: Parameters are spread over ranks in a way that is not understood.
+    """
+
+    def __init__(
+        self, models: Mapping[str, nn.Module], free: Mapping[str, Tensor], *, heads: bool = False
+    ) -> None:
         self.models = dict(models)
-        self.parameters: dict[str, Tensor] = dict(parameters_of(models))
-        components = list(split_components(models))
+        refuse_flattened(self.modules)
+        with as_sharded(self.modules) as lent:
+            self.parameters: dict[str, Tensor] = dict(parameters_of(models))
+            components = list(split_components(models, heads=heads))
         for name, tensor in free.items():
             components.append(free_component(name, tensor, order=len(components)))
             self.parameters[name] = tensor
         self.components: tuple[Component, ...] = tuple(components)
         self.layers = layers_of(self.components)
-        self.parts = PartList.of(self.components)
+        self.sharded = any(map(is_sharded, self.parameters.values()))
+        here = held(self.components, self.parameters) if self.sharded else self.components
+        self.held = tuple(here)
+        self.parts = PartList.of(self.held)
+        self._all = PartList.of(self.components)
+        self.elements = self.parts.add_up(self.parts.owner, self._sizes(self.parts, self.weights()))
         self.names = [component.name for component in self.components]
         self.name_of = {id(tensor): name for name, tensor in self.parameters.items()}
+        self.name_of |= {key: self.name_of[id(p)] for key, p in lent.items()}
         self._owner: dict[str, list[int]] = {}
         for i, component in enumerate(self.components):
             for part in component.parts:
@@ -93,17 +131,31 @@ class Subject:
         for model in self.models.values():
             yield from model.modules()
 
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters by name, of which those on this rank."""
+        return {name: local(p).detach() for name, p in self.parameters.items()}
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients that stand, by name, of which those on this rank."""
+        standing = ((name, p.grad) for name, p in self.parameters.items())
+        return {name: local(g) for name, g in standing if g is not None}
+
+    @staticmethod
+    def _sizes(parts: PartList, tensors: Mapping[str, Tensor]) -> Array:
+        return np.array([elements_of(p, tensors[p.parameter]) for p in parts.parts], dtype=float)
+
     def knows(self, tensors: Iterable[Tensor]) -> bool:
         """Whether every one of ``tensors`` is one of the parameters."""
         return all(id(tensor) in self.name_of for tensor in tensors)
 
     def layer_of(self, tensors: Iterable[Tensor]) -> str | None:
-        """The layer (or single component) that the given parameters belong to."""
-        owners = {
-            owner
-            for tensor in tensors
-            for owner in self._owner.get(self.name_of.get(id(tensor), ""), [])
-        }
+        """The layer (or single component) whose attention has logits of the given parameters.
+
+        Where some of them make logits, the others only go in: latents, or an embedding.
+        """
+        names = (self.name_of.get(id(tensor), "") for tensor in tensors)
+        owners = {owner for name in names for owner in self._owner.get(name, [])}
+        owners = {i for i in owners if self.components[i].kind in MAKES_LOGITS} or owners
         layers = {self.components[i].layer for i in owners}
         if len(layers) != 1:
             return None
@@ -112,16 +164,20 @@ class Subject:
             return layer
         return self.components[owners.pop()].name if len(owners) == 1 else None
 
+    def query_heads(self, tensors: Iterable[Tensor]) -> list[str]:
+        """The components of the query's heads, in order, of the attention with these parameters."""
+        layer = self.layer_of(tensors)
+        queries = (c.name for c in self.components if c.layer == layer and c.kind == "query")
+        return [name for name in queries if head_of(name) is not None]
+
     def shares(self, flag: Mapping[str, bool]) -> Array:
         """Share of every component's elements whose parameter has a true flag."""
-        sizes = np.array(
-            [part.view(self.parameters[part.parameter]).numel() for part in self.parts.parts],
-            dtype=np.float64,
-        )
-        values = np.array([flag.get(part.parameter, False) for part in self.parts.parts])
-        total = self.parts.add_up(self.parts.owner, sizes)
+        every = self._all
+        sizes = self._sizes(every, self.parameters)
+        values = np.array([flag.get(part.parameter, False) for part in every.parts])
+        total = every.add_up(every.owner, sizes)
         with np.errstate(invalid="ignore", divide="ignore"):
-            share: Array = self.parts.add_up(self.parts.owner, sizes * values) / total
+            share: Array = every.add_up(every.owner, sizes * values) / total
         return share
 
     def per_component(self, by_parameter: Mapping[str, float]) -> Array:
@@ -140,8 +196,8 @@ class Subject:
 
         Of matrices only (He et al. 2015); NaN for embeddings, norms and recurrent components.
         """
-        elements = np.array([component.elements for component in self.components], dtype=float)
-        scale: Array = weight_norms / np.sqrt(elements) * np.sqrt(self._fan_in)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scale: Array = weight_norms / np.sqrt(self.elements) * np.sqrt(self._fan_in)
         return scale
 
 
@@ -153,7 +209,7 @@ def _fan_in_of(parameters: Mapping[str, Tensor], components: Sequence[Component]
         for part in component.parts:
             tensor = parameters[part.parameter]
             if tensor.ndim >= 2:
-                result[i] = tensor[0].numel() if part.dim != 1 else tensor.shape[0]
+                result[i] = math.prod(tensor.shape[1:]) if part.dim != 1 else tensor.shape[0]
                 break
     return result
 
@@ -175,8 +231,10 @@ def step_rules(optimizer: torch.optim.Optimizer, name_of: Mapping[int, str]) -> 
             adam = "Adam" in (kind := type(optimizer).__name__) and "RAdam" not in kind
             second = state.get("max_exp_avg_sq", state.get("exp_avg_sq")) if adam else None
             if second is not None and betas is not None:
+                second = local(second)
                 beta1, beta2 = float(betas[0]), float(betas[1])
-                step = float(state.get("step", 0.0))
+                count = state.get("step", 0.0)
+                step = float(local(count) if isinstance(count, Tensor) else count)
                 second = second / max(1.0 - beta2**step, 1e-38)
                 factor = (1.0 - beta1) / (2.0 + 2.0 * beta1)
             elif group.get("nesterov"):
@@ -283,6 +341,16 @@ def find_models(
         place in the optimizer (``param_groups[0][1]``).
     """
     everything = [m for m in modules if "_modules" in m.__dict__ and "_parameters" in m.__dict__]
+    with as_sharded(everything) as lent:
+        shards = [lent.get(id(p), p) for p in reached]
+        return _find_models(everything, shards, optimizers)
+
+
+def _find_models(
+    everything: Sequence[nn.Module],
+    reached: Sequence[Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
     children = {id(c) for m in everything for c in m._modules.values() if c is not None}
     groups = [
         {id(p): p for group in optimizer.param_groups for p in group["params"]}

@@ -14,21 +14,25 @@ from diagnoser.table import Array
 from diagnoser.types import Cost
 from diagnoser.vocabulary import MODEL
 
-# The quantities that people are shown, in this order: what each is called and how it is measured.
-QUANTITIES: Final[dict[str, tuple[str, str]]] = {
-    "gradient_norm": ("gradient norm", "Euclidean norm, before any clipping"),
-    "update_ratio": ("update ratio", "norm of the step / norm of the weights, no unit"),
-    "step_sharpness": ("step sharpness", "step size x curvature / what is stable, no unit"),
-    "attention_entropy": ("attention entropy", "share of the largest possible, no unit"),
-    "attention_logit": ("attention logit", "largest absolute value before the softmax, no unit"),
-    "input_scale": ("input scale", "root mean square of what the weights multiply"),
-    "input_similarity": ("input similarity", "mean cosine of two rows that go in, no unit"),
-    "update_curvature": ("curvature along the step", "second-order change, units of the loss"),
-    "lambda_max": ("largest curvature", "loss / weight², largest eigenvalue of the Hessian block"),
-    "lambda_min": ("smallest curvature", "loss / weight², smallest eigenvalue of the block"),
-    "trace": ("curvature trace", "loss / weight², sum of the eigenvalues of the Hessian block"),
-    "gradient_cosine": ("gradient cosine", "between consecutive gradients, no unit"),
-    "moment_ratio": ("moment ratio", "gradient / its running average, root mean square, no unit"),
+NO_UNIT: Final = "no unit"
+CURVATURE: Final = "loss / weight²"
+# The quantities that people are shown, in this order: name, unit, and how it is measured.
+QUANTITIES: Final[dict[str, tuple[str, str, str]]] = {
+    "gradient_norm": ("gradient norm", "loss / weight", "Euclidean norm, before any clipping"),
+    "gradient_ratio": ("gradient ratio", CURVATURE, "norm of the gradient / norm of the weights"),
+    "update_ratio": ("update ratio", NO_UNIT, "norm of the step / norm of the weights"),
+    "step_sharpness": ("step sharpness", NO_UNIT, "step size x curvature / what is stable"),
+    "attention_entropy": ("attention entropy", NO_UNIT, "share of the largest possible"),
+    "head_entropy": ("attention entropy by head", NO_UNIT, "share of the largest possible"),
+    "update_curvature": ("curvature along the step", "loss", "second-order change of the loss"),
+    "lambda_max": ("largest curvature", CURVATURE, "largest eigenvalue of the Hessian block"),
+    "attention_logit": ("attention logit", NO_UNIT, "largest absolute value before the softmax"),
+    "input_scale": ("input scale", "input", "root mean square of what the weights multiply"),
+    "input_similarity": ("input similarity", NO_UNIT, "mean cosine of two rows that go in"),
+    "lambda_min": ("smallest curvature", CURVATURE, "smallest eigenvalue of the Hessian block"),
+    "trace": ("curvature trace", CURVATURE, "sum of the eigenvalues of the Hessian block"),
+    "gradient_cosine": ("gradient cosine", NO_UNIT, "between consecutive gradients"),
+    "moment_ratio": ("moment ratio", NO_UNIT, "gradient / its running average, root mean square"),
 }
 COUPLING: Final = "coupling_share"
 
@@ -75,11 +79,17 @@ def report_data(recording: Recording, cost: Cost) -> ReportData:
     quantities = {}
     for code, name in enumerate(rows.quantities):
         chosen = own & (rows.quantity == code)
-        if name in QUANTITIES and chosen.any():
+        if (name in QUANTITIES or name == "weight_norm") and chosen.any():
             matrix = np.full((len(components), len(steps)), np.nan)
             column = np.searchsorted(steps, rows.step[chosen])
             matrix[row[rows.component[chosen]], column] = rows.value[chosen]
             quantities[name] = matrix
+    weights = quantities.pop("weight_norm", None)
+    if weights is not None and "gradient_norm" in quantities:
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            ratio = quantities["gradient_norm"] / np.where(weights > 0, weights, np.nan)
+        if not np.isnan(ratio).all():
+            quantities["gradient_ratio"] = ratio
     coupling, coupling_step = _last_coupling(recording, row, len(components))
     seen = ~np.isnan(recording.accuracies.value)
     return ReportData(

@@ -24,7 +24,7 @@ from diagnoser.table import Array
 Colour = tuple[int, int, int]
 
 # Five points of viridis (van der Walt and Smith 2015) and, for signed values, blue to white to red:
-# both are told apart by people with any common colour blindness and stay ordered in grey.
+# both are told apart by people with any common colour blindness, and viridis stays ordered in grey.
 SEQUENTIAL: Final[tuple[Colour, ...]] = (
     (68, 1, 84),
     (59, 82, 139),
@@ -43,7 +43,7 @@ LEVELS: Final = 64
 ZERO, INFINITE, OWN, MISSING = range(LEVELS, LEVELS + 4)  # codes beside the levels
 SPECIAL: Final[dict[int, tuple[str, Colour]]] = {
     ZERO: ("exactly zero", (0, 0, 0)),
-    INFINITE: ("infinite", (255, 0, 200)),
+    INFINITE: ("infinite", (153, 0, 255)),  # furthest from both scales in every kind of vision
     OWN: ("a component with itself", (150, 150, 150)),
     MISSING: ("not measured", (0, 0, 0)),  # transparent: the page's hatching shows through
 }
@@ -129,16 +129,15 @@ SCALES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class HeatMap:
-    """Colours of a matrix: a PNG, its codes for reading values back, and the legend.
+    """Colours of a matrix: a PNG, what each of its palette's codes means, and the legend.
 
-    ``codes`` are the rows of palette indices one after another, base64; ``labels`` name the value
-    of every code; ``special`` are the codes beside the scale that occur, with their colours.
+    ``labels`` name the value of every code, so that values can be read back from the image;
+    ``special`` are the codes beside the scale that occur, with their colours.
     """
 
     rows: int
     columns: int
     image: str
-    codes: str
     labels: tuple[str, ...]
     gradient: str
     ticks: tuple[tuple[float, str], ...]
@@ -170,7 +169,6 @@ def heat_map(values: Array, own_diagonal: bool = False) -> HeatMap:
         rows=values.shape[0],
         columns=values.shape[1],
         image=_png(codes, [*_colours(anchors), *(colour for _, colour in SPECIAL.values())]),
-        codes=base64.b64encode(codes.tobytes()).decode("ascii"),
         labels=(*(f"about {m}" for m in middles), *(name for name, _ in SPECIAL.values())),
         gradient=", ".join(_hex(colour) for colour in anchors),
         ticks=tuple(scale.ticks()),

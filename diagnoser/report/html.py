@@ -7,7 +7,9 @@ The same diagnosis and data give the same bytes.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 
 from diagnoser.errors import UsageError
 from diagnoser.report import wording
-from diagnoser.report.data import QUANTITIES, ReportData
+from diagnoser.report.data import NO_UNIT, QUANTITIES, ReportComponent, ReportData
 from diagnoser.report.drawing import (
     EXTREME,
     SCALES,
@@ -38,8 +40,14 @@ from diagnoser.vocabulary import CAUSE_CATEGORY, FAULTS, SEVERITIES, severity_ra
 
 CHART: Final = (1000, 260)  # units of a large chart
 SPARK: Final = (120, 26)  # units of a curve in the table
-CURVES: Final = 80, 6  # components and quantities in the table of curves; the heat maps show all
+ROWS: Final = 300  # components in the table; the heat maps show all
+CURVES: Final = 48, 6  # components that have curves there, and quantities
 COLUMNS: Final = 300  # columns of a heat map; longer runs show every second, third ...
+IMAGES: Final = 170_000  # bytes of all heat maps: a page of any run is mailed and opens at once
+OPEN: Final = 7  # heat maps that are seen without unfolding the others
+NAMED: Final = 60  # rows that are named one by one; more are thinner and named by layer
+NAME: Final = 13.0  # pixels that a name needs from top to bottom
+NUMBER: Final = 26.0  # pixels that a number needs from left to right
 PAIRS: Final = 6  # strongest couplings listed beside the matrix
 SOURCES: Final = 4  # findings that still hold after a repair, by name
 
@@ -61,10 +69,11 @@ class Flag:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A curve over steps with its axes and flags."""
+    """A curve over steps with its axes and flags; ``words`` say what it shows."""
 
     title: str
     note: str
+    words: str
     path: str
     rows: list[tuple[float, str]]
     columns: list[tuple[float, str]]
@@ -72,16 +81,34 @@ class Chart:
 
 
 @dataclass(frozen=True, slots=True)
+class Layers:
+    """How the rows of a heat map are named and parted; places in [0, 1] from the top.
+
+    Either ``names`` has every row, or ``places`` the layers that have room for a name. A line of
+    the path ``edges`` (in rows) stands between two layers, one of ``firsts`` is the row below it.
+    """
+
+    height: float
+    names: list[str]
+    places: list[tuple[float, str]]
+    edges: str
+    firsts: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Panel:
-    """A heat map with what stands around it; ``names`` are its rows."""
+    """A heat map with what stands around it; ``words`` say what it shows."""
 
     title: str
+    unit: str
     note: str
+    words: str
     map: HeatMap
-    names: list[str]
+    layers: Layers
     columns: list[tuple[float, str]]
-    column_names: str  # JSON list of steps or names, for reading values back
-    labels: str  # JSON list, for the same
+    rows: str  # JSON list of positions among the components, to read values back; empty: all
+    column_names: str  # JSON list of steps, for the same; empty where columns are the rows
+    labels: str  # of the codes, with bars between them
     flags: list[Flag]
 
 
@@ -96,15 +123,27 @@ class Gauge:
 
 
 @dataclass(frozen=True, slots=True)
+class Cell:
+    """One quantity of one component: its last value, and its curve (empty without one)."""
+
+    last: str
+    path: str = ""
+    words: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
-    """A component in the table of curves."""
+    """A component in the table; ``first`` where it begins a layer."""
 
     name: str
     kind: str
+    layer: str
+    order: int
+    first: bool
     severity: str
     rank: int
     findings: list[int]
-    cells: list[tuple[str, str]]  # path and last value
+    cells: list[Cell]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +170,9 @@ def render_report(diagnosis: Diagnosis, data: ReportData) -> str:
     environment.filters["visible"] = wording.visible
     environment.filters["number"] = wording.number
     quantities = _ordered(data.quantities)
+    coupling = _coupling(data)
+    left = IMAGES - (len(coupling.map.image) if coupling else 0)
+    panels = _panels(diagnosis, data, quantities, left)
     groups = wording.findings_by_cause(diagnosis)
     likely, possible = wording.likely_and_possible(groups)
     return environment.get_template("page.html.j2").render(
@@ -151,13 +193,16 @@ def render_report(diagnosis: Diagnosis, data: ReportData) -> str:
         chart_size=CHART,
         spark_size=SPARK,
         charts=list(_charts(diagnosis, data)),
-        panels=[_panel(diagnosis, data, name) for name in quantities],
-        coupling=_coupling(data),
+        components=json.dumps([_shown(component.name) for component in data.components]),
+        panels=panels[:OPEN],
+        folded=panels[OPEN:],
+        coupling=coupling,
         pairs=_pairs(data),
         coupling_step=data.coupling_step,
-        titles=[_title(name)[0] for name in quantities[: CURVES[1]]],
+        titles=[_title(name)[:2] for name in quantities[: CURVES[1]]],
         rows=_rows(diagnosis, data, quantities[: CURVES[1]]),
-        left_out=max(len(data.components) - CURVES[0], 0),
+        left_out=max(len(data.components) - ROWS, 0),
+        curves=CURVES[0],
         severities=SEVERITIES[::-1],
     )
 
@@ -192,8 +237,12 @@ def _umask() -> int:
     return mask
 
 
-def _title(quantity: str) -> tuple[str, str]:
-    return QUANTITIES.get(quantity, (wording.visible(quantity).replace("_", " "), ""))
+def _shown(name: str) -> str:
+    return wording.visible(name, limit=80)
+
+
+def _title(quantity: str) -> tuple[str, str, str]:
+    return QUANTITIES.get(quantity, (wording.visible(quantity).replace("_", " "), "", ""))
 
 
 def _ordered(quantities: Mapping[str, Array]) -> list[str]:
@@ -214,14 +263,17 @@ def _charts(diagnosis: Diagnosis, data: ReportData) -> Iterator[Chart]:
         return
     span = min(ends), max(ends)
     flags = list(_step_flags(diagnosis, span))
-    if chart := _chart("training loss", data.loss_steps, data.loss_values, span, flags):
+    losses = data.loss_steps, data.loss_values
+    if chart := _chart("training loss", "in units of the loss", *losses, span, flags):
         yield chart
-    if chart := _chart("accuracy", data.accuracy_steps, data.accuracy_values, span, []):
+    accuracies = data.accuracy_steps, data.accuracy_values
+    if chart := _chart("accuracy", "share of what is judged", *accuracies, span, []):
         yield chart
 
 
 def _chart(
     title: str,
+    unit: str,
     steps: NDArray[np.int64],
     values: Array,
     span: tuple[int, int],
@@ -230,13 +282,25 @@ def _chart(
     scale = scale_of(values)
     if scale is None:
         return None
-    broken = steps[~np.isfinite(values)]
-    notes = [] if scale.kind == "linear" else [SCALES[scale.kind]]
+    finite = np.isfinite(values)
+    broken = steps[~finite]
+    notes = [unit] if scale.kind == "linear" else [unit, SCALES[scale.kind]]
     if broken.size:
         where = f"{wording.count(len(broken), 'step')}, first at step {broken[0]}"
         notes.append(f"not finite at {where}")
     path = line_path(steps, values, scale, span=span, size=CHART, bins=500)
-    return Chart(title, "; ".join(notes), path, scale.ticks(), step_ticks(span), flags)
+    words = _course(steps[finite], values[finite])
+    return Chart(title, "; ".join(notes), words, path, scale.ticks(), step_ticks(span), flags)
+
+
+def _course(steps: NDArray[np.int64], values: Array) -> str:
+    """Returns in words what a curve of finite values shows."""
+    places = {"From": 0, "to": -1, "lowest": int(values.argmin()), "highest": int(values.argmax())}
+    start, end, low, high = (
+        f"{word} {wording.number(float(values[k]))} at step {steps[k]}"
+        for word, k in places.items()
+    )
+    return f"{start} {end}; {low}, {high}."
 
 
 def _step_flags(diagnosis: Diagnosis, span: tuple[int, int]) -> Iterator[Flag]:
@@ -265,31 +329,99 @@ def _flag(position: int, finding: Finding, left: float = 0.0, top: float = 0.0) 
     return Flag(str(position), f"finding-{position}", finding.severity, left, top, title)
 
 
-def _panel(diagnosis: Diagnosis, data: ReportData, quantity: str) -> Panel:
+def _panels(
+    diagnosis: Diagnosis, data: ReportData, quantities: list[str], size: int
+) -> list[Panel]:
+    """Draws all heat maps, with so many columns that their images take ``size`` bytes together."""
+    columns = COLUMNS
+    while True:
+        panels = [_panel(diagnosis, data, name, columns) for name in quantities]
+        taken = sum(len(panel.map.image) for panel in panels)
+        if taken <= max(size, 0) or columns == 1:
+            return panels
+        columns = max(min(columns * size // taken, columns - 1), 1)
+
+
+def _panel(diagnosis: Diagnosis, data: ReportData, quantity: str, most: int) -> Panel:
     """Draws the components that have the quantity at the steps at which any of them has."""
-    values = data.quantities[quantity]
-    measured = ~np.isnan(values)
+    measured = ~np.isnan(data.quantities[quantity])
     kept, columns = np.flatnonzero(measured.any(axis=1)), np.flatnonzero(measured.any(axis=0))
-    stride = -(-len(columns) // COLUMNS)
-    steps = data.steps[columns[::stride]]
-    drawn = heat_map(values[np.ix_(kept, columns[::stride])])
-    title, note = _title(quantity)
+    values = data.quantities[quantity][np.ix_(kept, columns)]
+    stride = -(-len(columns) // most)
+    starts = np.arange(0, len(columns), stride)
+    steps = data.steps[columns[starts]]
+    infinite = np.logical_or.reduceat(np.isinf(values), starts, axis=1)
+    drawn = heat_map(np.where(infinite, np.inf, values[:, starts]))
+    title, unit, note = _title(quantity)
     notes = [note] if note else []
     if len(kept) < len(data.components):
         notes.append(f"{len(kept)} of {len(data.components)} components")
-    if stride > 1:
-        notes.append(f"1 of {stride} measurements")
+    if stride > 1:  # what is infinite must not fall between two that are shown
+        any_of_them = ", infinite where any of them is" if infinite.any() else ""
+        notes.append(f"1 of {stride} measurements{any_of_them}")
     names = [data.components[k].name for k in kept]
+    where = [f"at step {step}" for step in data.steps[columns]]
     return Panel(
         title=title,
+        unit=unit,
         note="; ".join([*notes, drawn.scale]),
+        words=_extremes(values, names, where),
         map=drawn,
-        names=[wording.visible(name, limit=80) for name in names],
+        layers=_layers([data.components[k] for k in kept], 22.0),
         columns=column_ticks(steps),
-        column_names=json.dumps(steps.tolist()),
-        labels=json.dumps(drawn.labels),
+        rows=_positions(kept, data),
+        column_names=json.dumps(steps.tolist(), separators=(",", ":")),
+        labels="|".join(drawn.labels),
         flags=list(_cell_flags(diagnosis, steps, names)),
     )
+
+
+def _positions(kept: NDArray[np.int64], data: ReportData) -> str:
+    return "" if len(kept) == len(data.components) else json.dumps(kept.tolist())
+
+
+def _layers(components: Sequence[ReportComponent], height: float) -> Layers:
+    """Names rows of at most ``height`` pixels one by one, or layer by layer if they are many."""
+    size = len(components)
+    firsts = [k for k in range(size) if k == 0 or components[k].layer != components[k - 1].layer]
+    grouped = 1 < len(firsts) < size
+    edges = "".join(f"M0 {k}h1" for k in firsts[1:]) if grouped else ""
+    below = frozenset(firsts[1:] if grouped else ())
+    if size <= NAMED:
+        named = [_shown(component.name) for component in components]
+        return Layers(height if size <= 16 else 15.0, named, [], edges, below)
+    row = max(3.0, 800 // size)
+    if not grouped:
+        firsts = list(range(size))
+    places: list[tuple[float, str]] = []
+    bottom = 0.0
+    for first, last in itertools.pairwise([*firsts, size]):
+        middle = row * (first + last) / 2
+        if middle - NAME / 2 >= bottom:
+            component = components[first]
+            places.append((middle / (row * size), _shown(component.layer or component.name)))
+            bottom = middle + NAME / 2
+    return Layers(row, [], places, edges, below)
+
+
+def _extremes(values: Array, rows: Sequence[str], columns: Sequence[str]) -> str:
+    """Returns in words where a matrix is largest, smallest and infinite."""
+    sentences = []
+    finite = np.isfinite(values)
+    if finite.any():
+        for word, at in (
+            ("Largest", np.where(finite, values, -np.inf).argmax()),
+            ("smallest", np.where(finite, values, np.inf).argmin()),
+        ):
+            row, column = divmod(int(at), values.shape[1])
+            value = wording.number(float(values[row, column]))
+            sentences.append(f"{word} {value}: {_shown(rows[row])} {columns[column]}")
+    infinite = np.argwhere(np.isinf(values))
+    if len(infinite):
+        row, column = infinite[infinite[:, 1].argmin()]
+        cells = wording.count(len(infinite), "cell")
+        sentences.append(f"infinite in {cells}, first {_shown(rows[row])} {columns[column]}")
+    return f"{'; '.join(sentences)}."
 
 
 def _cell_flags(diagnosis: Diagnosis, steps: NDArray[np.int64], names: list[str]) -> Iterator[Flag]:
@@ -309,17 +441,21 @@ def _coupling(data: ReportData) -> Panel | None:
     if not kept.size:
         return None
     drawn = heat_map(data.coupling[np.ix_(kept, kept)], own_diagonal=True)
-    names = [wording.visible(data.components[k].name, limit=80) for k in kept]
+    names = [data.components[k].name for k in kept]
     missing = len(data.components) - len(kept)
-    stride = max(1, len(names) // 15)
+    layers = _layers([data.components[k] for k in kept], 28.0)
+    stride = math.ceil(NUMBER / layers.height)
     return Panel(
         title="coupling",
+        unit=NO_UNIT,
         note="row with column, between -1 and 1" + (f"; {missing} not measured" if missing else ""),
+        words=_extremes(apart[np.ix_(kept, kept)], names, [f"with {_shown(n)}" for n in names]),
         map=drawn,
-        names=names,
+        layers=layers,
         columns=[((k + 0.5) / len(names), str(k + 1)) for k in range(0, len(names), stride)],
-        column_names=json.dumps(names),
-        labels=json.dumps(drawn.labels),
+        rows=_positions(kept, data),
+        column_names="",
+        labels="|".join(drawn.labels),
         flags=[],
     )
 
@@ -342,29 +478,33 @@ def _pairs(data: ReportData) -> list[tuple[str, str, float]]:
 
 
 def _rows(diagnosis: Diagnosis, data: ReportData, quantities: list[str]) -> list[Row]:
-    """Returns the table of curves: components with findings first, then in the model's order."""
+    """Returns the table of components in the model's order; those with findings are all in it."""
     found: dict[str, list[int]] = {}
     for position, finding in enumerate(diagnosis.findings, start=1):
         for name in {finding.component, finding.other} - {None}:
             found.setdefault(str(name), []).append(position)
-    order = sorted(
+    ranked = sorted(
         range(len(data.components)), key=lambda k: (data.components[k].name not in found, k)
     )
+    drawn = set(ranked[: CURVES[0]])
     columns = {name: ~np.isnan(data.quantities[name]).all(axis=0) for name in quantities}
-    rows = []
-    for k in order[: CURVES[0]]:
+    rows: list[Row] = []
+    for k in sorted(ranked[:ROWS]):
         component = data.components[k]
         positions = found.get(component.name, [])
         severities = [diagnosis.findings[position - 1].severity for position in positions]
         severity = max(severities, key=severity_rank, default="")
         cells = [
-            _spark(data.steps[columns[name]], data.quantities[name][k, columns[name]])
+            _cell(data.steps[columns[name]], data.quantities[name][k, columns[name]], k in drawn)
             for name in quantities
         ]
         rows.append(
             Row(
-                name=wording.visible(component.name, limit=80),
+                name=_shown(component.name),
                 kind=component.kind,
+                layer=_shown(component.layer),
+                order=k,
+                first=bool(rows) and component.layer != data.components[k - 1].layer,
                 severity=severity,
                 rank=severity_rank(severity) if severity else -1,
                 findings=positions,
@@ -374,15 +514,19 @@ def _rows(diagnosis: Diagnosis, data: ReportData, quantities: list[str]) -> list
     return rows
 
 
-def _spark(steps: NDArray[np.int64], values: Array) -> tuple[str, str]:
-    """Returns the path and the last value of one small curve."""
+def _cell(steps: NDArray[np.int64], values: Array, drawn: bool) -> Cell:
+    """Returns the last value and, if it is to be drawn, the small curve that leads to it."""
+    known = values[~np.isnan(values)]
+    if not known.size:
+        return Cell("")
+    last = wording.number(float(known[-1]))
     scale = scale_of(values)
-    if scale is None:
-        return "", ""
+    if scale is None or not drawn:
+        return Cell(last)
     span = int(steps[0]), int(steps[-1])
     path = line_path(steps, values, scale, span=span, size=SPARK, bins=20)
-    last = float(values[~np.isnan(values)][-1])
-    return path, wording.number(last)
+    start, low, high = (wording.number(float(v)) for v in (known[0], known.min(), known.max()))
+    return Cell(last, path, f"from {start}, lowest {low}, highest {high}, last")
 
 
 def _gauge(evidence: Evidence) -> Gauge | None:

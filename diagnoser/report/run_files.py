@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from diagnoser.errors import UsageError
@@ -24,7 +25,8 @@ def write_run(diagnosis: Diagnosis, recording: Recording, directory: Path) -> No
         part.write_text(diagnosis_to_json(diagnosis), encoding="utf-8", newline="\n")
         part.replace(path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that is no longer written to
+            part.unlink()
         raise UsageError(
             f"{path}: cannot be written ({error.strerror}); the log is kept: "
             f"`diagnoser diagnose {directory}` repeats the diagnosis"

@@ -6,7 +6,7 @@ everywhere else. Names are untrusted: they go through `wording.visible`, and mar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -54,14 +54,19 @@ class Line(NamedTuple):
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     """Prints ``diagnosis`` as one page, no line longer than 80 columns (or than the console)."""
+    print_page(_page(diagnosis), console)
+
+
+def print_page(lines: Iterable[Line], console: Console) -> None:
+    """Prints lines, each wrapped at 80 columns (or at the console's) and hung at its column."""
     width = min(console.width, WIDTH)
-    for indent, parts, mark in _page(diagnosis):
+    for indent, parts, mark in lines:
         text = Text.assemble(*((_encodable(part, console), style) for part, style in parts))
         for row, fragment in enumerate(text.wrap(console, max(width - indent, 20)) or [Text()]):
             start = mark.rjust(indent) if row == 0 else " " * indent
-            line = Text(start).append_text(fragment)
-            line.rstrip()
-            console.print(line, soft_wrap=True, highlight=False)
+            printed = Text(start).append_text(fragment)
+            printed.rstrip()
+            console.print(printed, soft_wrap=True, highlight=False)
 
 
 def finding_line(finding: Finding) -> str:
@@ -89,16 +94,17 @@ def _encodable(text: str, console: Console) -> str:
     return text
 
 
-def _line(indent: int, text: str, style: str = "", mark: str = "") -> Line:
+def line(indent: int, text: str, style: str = "", mark: str = "") -> Line:
+    """Returns a line of one style."""
     return Line(indent, ((text, style),), mark)
 
 
 def _page(diagnosis: Diagnosis) -> Iterator[Line]:
     verdict = wording.VERDICT_SENTENCES[diagnosis.verdict]
     yield Line(0, ((diagnosis.verdict, _STYLES[diagnosis.verdict]), (f": {verdict}", "bold")))
-    yield _line(0, wording.visible(diagnosis.reason, limit=400))
+    yield line(0, wording.visible(diagnosis.reason, limit=400))
     ended = f", exit code {diagnosis.exit_code}" if diagnosis.exit_code else ""
-    yield _line(0, f"run {wording.visible(diagnosis.run)}{ended}", "dim")
+    yield line(0, f"run {wording.visible(diagnosis.run)}{ended}", "dim")
     yield from _causes(diagnosis)
     yield from _tried(diagnosis.repairs)
     yield from _checked(diagnosis.checked)
@@ -106,9 +112,10 @@ def _page(diagnosis: Diagnosis) -> Iterator[Line]:
     yield from _cost(diagnosis.cost)
 
 
-def _heading(text: str) -> Iterator[Line]:
-    yield _line(0, "")
-    yield _line(0, text, "bold")
+def heading(text: str) -> Iterator[Line]:
+    """Yields the title of a section, with an empty line before it."""
+    yield line(0, "")
+    yield line(0, text, "bold")
 
 
 def _causes(diagnosis: Diagnosis) -> Iterator[Line]:
@@ -116,27 +123,26 @@ def _causes(diagnosis: Diagnosis) -> Iterator[Line]:
     likely, possible = wording.likely_and_possible(groups)
     if likely:
         title = wording.LOW_SEVERITY if diagnosis.verdict == "healthy" else "likely causes"
-        yield from _heading(title)
+        yield from heading(title)
     for rank, (cause, findings) in enumerate(likely[:CAUSES], start=1):
-        yield _line(4, wording.cause_sentence(cause), "bold", mark=f"{rank}. ")
+        yield line(4, wording.cause_sentence(cause), "bold", mark=f"{rank}. ")
         measured = wording.confidence(cause.probability, cause.n)
-        label = f"{cause.cause} in {wording.subject(cause.component)}"
-        notes = (label, measured, wording.place(findings, _here()))
-        yield _line(4, "; ".join(note for note in notes if note), "dim")
+        notes = (wording.cause_label(cause), measured, wording.place(findings, _here()))
+        yield line(4, "; ".join(note for note in notes if note), "dim")
         if cause.because:
-            yield _line(4, wording.because_sentence(cause), "dim")
+            yield line(4, wording.because_sentence(cause), "dim")
         yield from _findings(findings, explained=True)
         yield from _repairs(cause, findings)
         yield from _patch(findings)
     yield from _more(len(likely) - CAUSES, "cause")
     if possible:
-        yield from _heading("also possible")
+        yield from heading("also possible")
     for rank, cause in enumerate(possible[:OTHERS], start=len(likely) + 1):
-        yield _line(4, f"{cause.cause} in {wording.subject(cause.component)}", mark=f"{rank}. ")
+        yield line(4, wording.cause_label(cause), mark=f"{rank}. ")
     yield from _more(len(possible) - OTHERS, "cause")
     for unranked, findings in groups:
         if unranked is None:
-            yield from _heading("findings without a ranked cause")
+            yield from heading("findings without a ranked cause")
             yield from _findings(findings, explained=False)
             yield from _repairs(None, findings)
 
@@ -153,12 +159,12 @@ def _findings(findings: Sequence[wording.Numbered], explained: bool) -> Iterator
                 (f" from step {finding.since_step}{f' ({place})' if place else ''}", ""),
             ),
         )
-        yield _line(8, wording.visible(finding.message, limit=240))
+        yield line(8, wording.visible(finding.message, limit=240))
         shown = _shown(len(finding.evidence), EVIDENCE)
         for evidence in finding.evidence[:shown]:
-            yield _line(10, wording.observation(evidence), "cyan", mark="- ")
+            yield line(10, wording.observation(evidence), "cyan", mark="- ")
         if finding.causes and not explained:
-            yield _line(8, f"possible causes: {', '.join(c.cause for c in finding.causes)}")
+            yield line(8, f"possible causes: {', '.join(c.cause for c in finding.causes)}")
         yield from _more(len(finding.evidence) - shown, "comparison", indent=10)
     yield from _more(len(findings) - FINDINGS, "finding")
 
@@ -167,10 +173,10 @@ def _repairs(cause: RankedCause | None, findings: Sequence[wording.Numbered]) ->
     repairs = wording.suggestions(cause, findings)
     if not repairs:
         return
-    yield _line(4, "what to try", "bold")
+    yield line(4, "what to try", "bold")
     shown = _shown(len(repairs), REPAIRS)
     for repair in repairs[:shown]:
-        yield _line(6, f"{repair.name}: {wording.repair_sentence(repair)}", mark="- ")
+        yield line(6, f"{repair.name}: {wording.repair_sentence(repair)}", mark="- ")
     yield from _more(len(repairs) - shown, "suggestion")
 
 
@@ -179,16 +185,29 @@ def _patch(findings: Sequence[wording.Numbered]) -> Iterator[Line]:
     for number, finding in findings:
         if finding.patch:
             at = wording.place([(number, finding)], _here())
-            yield _line(4, f"to write{f' at {at}' if at else ''}", "bold")
-            for code in finding.patch.rstrip().split("\n")[:PATCH]:
-                yield _line(6, wording.visible(code, limit=160), "green")
+            yield line(4, f"to write{f' at {at}' if at else ''}", "bold")
+            for code in _code(finding.patch)[:PATCH]:
+                yield line(6, wording.visible(code, limit=160), "green")
             return
+
+
+def _code(patch: str) -> list[str]:
+    """Returns the lines of a patch; a remark that would wrap, and then be code, stands above."""
+    lines = []
+    for code in patch.rstrip().split("\n"):
+        statement, mark, remark = code.partition("  # ")
+        if mark and len(code) > WIDTH - 6:
+            margin = statement[: len(statement) - len(statement.lstrip())]
+            lines += [f"{margin}# {remark}", statement]
+        else:
+            lines.append(code)
+    return lines
 
 
 def _tried(attempts: Sequence[Attempt]) -> Iterator[Line]:
     if not attempts:
         return
-    yield from _heading("repairs that were tried")
+    yield from heading("repairs that were tried")
     shown = wording.kept_first(attempts)[:TRIED]
     for position, attempt in shown:
         outcome = wording.outcome(attempt)
@@ -196,14 +215,14 @@ def _tried(attempts: Sequence[Attempt]) -> Iterator[Line]:
         yield Line(4, ((outcome, _STYLES[outcome]), (place, "")), f"{position}. ")
         actions = _shown(len(attempt.actions), ACTIONS)
         for action in attempt.actions[:actions]:
-            yield _line(6, wording.repair_sentence(action), mark="- ")
+            yield line(6, wording.repair_sentence(action), mark="- ")
         yield from _more(len(attempt.actions) - actions, "action", indent=6)
         reason = wording.visible(attempt.reason, limit=240)
         losses = wording.loss_sentence(attempt)
         yield Line(4, ((losses, "cyan"), (f"; {reason}" if reason else "", "")))
     yield from _more(len(attempts) - len(shown), "repair")
     for numbers, guarantee in wording.comparisons(shown):
-        yield _line(4, f"compared{f' ({numbers})' if numbers else ''}: {guarantee}", "dim")
+        yield line(4, f"compared{f' ({numbers})' if numbers else ''}: {guarantee}", "dim")
 
 
 def _here() -> Path | None:
@@ -215,28 +234,29 @@ def _here() -> Path | None:
 
 
 def _checked(checked: Sequence[Checked]) -> Iterator[Line]:
-    yield from _heading("checked and fine")
+    yield from heading("checked and fine")
     if not checked:
-        yield _line(4, "nothing could be checked")
+        yield line(4, "nothing could be checked")
         return
     titles = [wording.visible(rule.title) for rule in checked]
     more = f"; and {len(titles) - CHECKED} more" if len(titles) > CHECKED else ""
-    yield _line(4, f"{wording.count(len(titles), 'rule')}: {'; '.join(titles[:CHECKED])}{more}")
+    found_nothing = f"{wording.count(len(titles), 'rule')} found none of this: "
+    yield line(4, f"{found_nothing}{'; '.join(titles[:CHECKED])}{more}")
 
 
 def _unknown(unknown: Sequence[Unknown]) -> Iterator[Line]:
     if not unknown:
         return
-    yield from _heading("could not be judged")
+    yield from heading("could not be judged")
     groups = wording.unknown_by_reason(unknown)
     for rules, reason in groups[:UNKNOWN]:
-        yield _line(6, f"{wording.visible(rules, limit=300)}: {reason}", mark="- ")
+        yield line(6, f"{wording.visible(rules, limit=300)}: {reason}", mark="- ")
     yield from _more(len(groups) - UNKNOWN, "reason")
 
 
 def _cost(cost: Cost) -> Iterator[Line]:
-    yield from _heading("cost")
-    yield _line(4, wording.cost_sentence(cost))
+    yield from heading("cost")
+    yield line(4, wording.cost_sentence(cost))
 
 
 def _shown(available: int, room: int) -> int:
@@ -246,4 +266,4 @@ def _shown(available: int, room: int) -> int:
 
 def _more(n: int, noun: str, indent: int = 4) -> Iterator[Line]:
     if n > 0:
-        yield _line(indent, f"and {wording.count(n, f'more {noun}')} in diagnosis.json", "dim")
+        yield line(indent, f"and {wording.count(n, f'more {noun}')} in diagnosis.json", "dim")

@@ -226,6 +226,17 @@ def cause_sentence(cause: RankedCause) -> str:
     return CAUSE_SENTENCES[cause.cause].format(**_phrases(cause.component))
 
 
+def cause_label(cause: RankedCause) -> str:
+    """Returns a cause by its label, with its place where it can have one.
+
+    >>> cause_label(RankedCause("residual", "encoder")), cause_label(RankedCause("data_order", "a"))
+    ('residual in encoder', 'data_order')
+    """
+    if "{" not in CAUSE_SENTENCES[cause.cause]:  # wrong labels are wrong for every component
+        return cause.cause
+    return f"{cause.cause} in {subject(cause.component)}"
+
+
 _EPSILON: Final = ("Set the optimizer's epsilon{of} to {eps}.", {"eps": "1e-8"})
 
 

@@ -123,9 +123,11 @@ def resolve_feature(
             which.
     """
     if prefix not in ("", "a", "b") or (prefix and scope != "pair"):
-        raise LookupError(f"'{prefix}.{name}': the only prefixes are a. and b., in a pair rule")
+        raise LookupError(
+            f"'{prefix[:60]}.{name[:60]}': the only prefixes are a. and b., in a pair rule"
+        )
     if name not in catalogue:
-        raise LookupError(f"unknown feature '{name}'{suggestion(name, catalogue)}")
+        raise LookupError(f"unknown feature '{name[:60]}'{suggestion(name, catalogue)}")
     own = catalogue[name].scope
     if on and prefix not in ("", on):
         raise LookupError(f"this stage is on '{on}' and cannot see '{prefix}.{name}'")
@@ -258,7 +260,7 @@ class _Parser:
             case ast.Call(func=ast.Name(id=function), args=args, keywords=[]):
                 if function not in _FUNCTIONS:
                     hint = suggestion(function, [*_FUNCTIONS, *_ENDS, "known"])
-                    raise Mistake(node.col_offset, f"unknown function '{function}'{hint}")
+                    raise Mistake(node.col_offset, f"unknown function '{function[:60]}'{hint}")
                 operation, fewest, most = _FUNCTIONS[function]
                 if not fewest <= len(args) <= most:
                     count = str(fewest) if fewest == most else f"at least {fewest}"

@@ -22,6 +22,7 @@ from diagnoser.rules.parsing import excerpt
 
 LARGEST_FILE: Final = 64 * 1024  # bytes
 DEEPEST_NESTING: Final = 16
+LONGEST_ERROR: Final = 1000  # characters
 
 # The parser of libyaml is ten times faster; both give the same events.
 _LOADER: Final = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -111,7 +112,7 @@ def read_document(path: Path) -> Document:
 
 def _error(path: Path, lines: tuple[str, ...], line: int, column: int, text: str) -> RuleError:
     # The text may quote the file, and the file anything: an error stays one printable line.
-    shown = "".join(c if c.isprintable() else " " for c in text)
+    shown = "".join(c if c.isprintable() else " " for c in text[:LONGEST_ERROR])
     error = RuleError(f"{path}:{line + 1}:{column + 1}: {shown}")
     if line < len(lines):
         error.add_note(excerpt(lines[line], column))
@@ -168,11 +169,11 @@ class _Builder:
             raise self._wrong(event, "anchors and aliases are not used here; write the value out")
         if event.tag:
             raise self._wrong(event, "tags are not used here; remove it")
-        style = (getattr(event, "style", "") or "") if isinstance(event, yaml.ScalarEvent) else ""
         mark = event.start_mark
-        self.values[location] = (mark.line, mark.column, style)
         if isinstance(event, yaml.ScalarEvent):
+            self.values[location] = (mark.line, mark.column, event.style or "")
             return self._scalar(event)
+        self.values[location] = (mark.line, mark.column, "")
         if isinstance(event, yaml.SequenceStartEvent):
             items: list[Any] = []
             while not isinstance(event := next(events), yaml.SequenceEndEvent):

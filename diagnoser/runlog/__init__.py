@@ -15,8 +15,11 @@ included, against 0.2 ms, little beside what measuring takes, and 80 bytes a row
 written; after a power failure the last seconds may be missing, since nothing waits for the disk.
 """
 
-from diagnoser.runlog.reader import read_run
+from diagnoser.runlog.builder import RecordingBuilder
+from diagnoser.runlog.ranks import RANK, SHARD, merged
+from diagnoser.runlog.reader import rank_directory, read_run
 from diagnoser.runlog.recording import (
+    IMPORTED,
     LOG_FILE,
     Curve,
     Ending,
@@ -24,13 +27,18 @@ from diagnoser.runlog.recording import (
     Fact,
     Measurements,
     Recording,
-    RecordingBuilder,
     Series,
+    Thinned,
 )
-from diagnoser.runlog.writer import RunLogWriter, add_event, plain
+from diagnoser.runlog.records import plain
+from diagnoser.runlog.thinning import drawn, evenly, loss_blocks
+from diagnoser.runlog.writer import RunLogWriter, add_event, new_run_directory
 
 __all__ = [
+    "IMPORTED",
     "LOG_FILE",
+    "RANK",
+    "SHARD",
     "Curve",
     "Ending",
     "Event",
@@ -40,7 +48,14 @@ __all__ = [
     "RecordingBuilder",
     "RunLogWriter",
     "Series",
+    "Thinned",
     "add_event",
+    "drawn",
+    "evenly",
+    "loss_blocks",
+    "merged",
+    "new_run_directory",
     "plain",
+    "rank_directory",
     "read_run",
 ]

@@ -1,9 +1,8 @@
-"""What is known of a run, as columns; and the builder that makes it of records, one by one."""
+"""What is known of a run, as columns."""
 
 from __future__ import annotations
 
 import importlib
-from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -12,13 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagnoser.errors import UsageError
-from diagnoser.types import Component, Cost, Part
+from diagnoser.types import Component, Cost
 
 LOG_FILE: Final = "log.jsonl"
-SCHEMA_VERSION: Final = 1
+IMPORTED: Final = "imported"  # what the header of a run has that was made of a script's own log
 
 Data = Mapping[str, Any]
-Record = dict[str, Any]
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Codes = NDArray[np.int32]
@@ -81,6 +79,22 @@ class Ending:
     lost_records: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Thinned:
+    """How much is no longer in the log of a long run (see `thinning`); all zero in a shorter one.
+
+    ``seconds`` is what the measurements that are gone took. Of the losses before the step ``until``
+    some are gone, of those from there on none.
+    """
+
+    losses: int = 0
+    measurements: int = 0
+    rows: int = 0
+    seconds: float = 0.0
+    notes: int = 0
+    until: int = 0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Curve:
     """A number at some steps: two arrays (S,), in the order of the run."""
@@ -131,7 +145,7 @@ class Recording:
     ``losses`` and ``accuracies`` share their steps; an accuracy that was not seen is NaN.
     ``measured`` holds the seconds that each measurement took, also of those without rows.
     ``ending`` is None while the run goes on and when its process died. ``damaged_lines`` counts the
-    lines of the log that could not be read.
+    lines of the log that could not be read, ``thinned`` what a long run has let go.
     """
 
     run: str
@@ -145,6 +159,22 @@ class Recording:
     events: tuple[Event, ...]
     ending: Ending | None
     damaged_lines: int
+    thinned: Thinned = Thinned()
+
+    @property
+    def losses_seen(self) -> int:
+        """How many losses were recorded, those that were let go included."""
+        return len(self.losses.step) + self.thinned.losses
+
+    @property
+    def measurements_made(self) -> int:
+        """How many measurements were made, those that were let go included."""
+        return len(self.measured.step) + self.thinned.measurements
+
+    @property
+    def imported(self) -> bool:
+        """Whether it was made of curves that a script had logged, and not of measurements."""
+        return isinstance(self.header.get(IMPORTED), dict)
 
     def series(self, quantity: str, component: str, other: str | None = None) -> Series:
         """Returns one quantity of a component (or pair) over time; empty if never measured."""
@@ -201,195 +231,8 @@ class Recording:
         return pandas.DataFrame(columns)
 
 
-class RecordingBuilder:
-    """Builds a `Recording` of decoded records, one after the other, the header first.
-
-    Each record is checked, and added whole or not at all.
-
-    Raises:
-        ValueError, TypeError, LookupError: The header is damaged.
-    """
-
-    def __init__(self, header: Record) -> None:
-        self._run = _text(header["run"])
-        self._header = _mapping(header["header"])
-        self._components: tuple[Component, ...] = ()
-        self._facts: list[Fact] = []
-        self._events: list[Event] = []
-        self._ending: Ending | None = None
-        self._losses: tuple[array[Any], ...] = (array("q"), array("d"), array("d"))
-        self._measured = (array("q"), array("d"))
-        self._columns: dict[str, array[Any]] = {name: array(code) for name, code in COLUMNS.items()}
-        self._tables: dict[str, dict[str, int]] = {table: {} for table in TABLES}
-
-    def add(self, record: Record) -> None:
-        """Adds one record.
-
-        Raises:
-            ValueError, TypeError, LookupError, OverflowError: The record is damaged.
-        """
-        match record["record"]:
-            case "loss":
-                found: tuple[array[Any], ...] = (
-                    array("q", record["step"]),
-                    _floats(record["value"]),
-                    _floats(record["accuracy"]),
-                )
-                _check_lengths(*found)
-                for column, values in zip(self._losses, found, strict=True):
-                    column.extend(values)
-            case "measurement":
-                self._add_measurement(record)
-            case "components":
-                self._components = tuple(_component(item) for item in record["components"])
-            case "fact":
-                self._facts.append(
-                    Fact(
-                        step=_integer(record["step"]),
-                        name=_text(record["name"]),
-                        component=_text(record["component"]),
-                        value=float(record["value"]),
-                        data=_mapping(record["data"]),
-                    )
-                )
-            case "event":
-                self._events.append(
-                    Event(
-                        step=_integer(record["step"]),
-                        kind=_text(record["kind"]),
-                        message=_text(record["message"]),
-                        data=_mapping(record["data"]),
-                    )
-                )
-            case "end":
-                self._ending = _ending(record)
-            case unexpected:
-                raise ValueError(f"no such record: {unexpected}")
-
-    def recording(self, damaged_lines: int = 0) -> Recording:
-        """Returns what was added so far, as a copy that nothing changes."""
-        columns: dict[str, Any] = {name: _frozen(its) for name, its in self._columns.items()}
-        columns |= {table: tuple(names) for table, names in self._tables.items()}
-        return Recording(
-            run=self._run,
-            header=self._header,
-            components=self._components,
-            facts=tuple(self._facts),
-            losses=Curve(_frozen(self._losses[0]), _frozen(self._losses[1])),
-            accuracies=Curve(_frozen(self._losses[0]), _frozen(self._losses[2])),
-            measurements=Measurements(**columns),
-            measured=Curve(_frozen(self._measured[0]), _frozen(self._measured[1])),
-            events=tuple(self._events),
-            ending=self._ending,
-            damaged_lines=damaged_lines,
-        )
-
-    def _add_measurement(self, record: Record) -> None:
-        step, seconds = _integer(record["step"]), float(record["seconds"])
-        names = {table: [_text(name) for name in record[table]] for table in TABLES}
-        rows: dict[str, array[Any]] = {
-            column: _floats(record["rows"][column])
-            if code == "d"
-            else array(code, record["rows"][column])
-            for column, code in COLUMNS.items()
-        }
-        _check_lengths(*rows.values())
-        for column, table in TABLE_OF.items():
-            lowest = -1 if column == "other" else 0
-            if rows["step"] and not (
-                lowest <= min(rows[column]) and max(rows[column]) < len(names[table])
-            ):
-                raise IndexError("a row points at a name that is not there")
-
-        # Checked. A record's positions are in its own lists of names; the recording has its own.
-        for column, table in TABLE_OF.items():
-            known = self._tables[table]
-            positions = [known.setdefault(name, len(known)) for name in names[table]]
-            positions.append(-1)  # so that -1, no other component, stays -1
-            rows[column] = array("i", [positions[code] for code in rows[column]])
-        for column, values in rows.items():
-            self._columns[column].extend(values)
-        self._measured[0].append(step)
-        self._measured[1].append(seconds)
-
-
-def _component(item: Record) -> Component:
-    return Component(
-        name=_text(item["name"]),
-        kind=_text(item["kind"]),
-        layer=_text(item["layer"]),
-        order=_integer(item["order"]),
-        parts=tuple(
-            Part(
-                parameter=_text(part["parameter"]),
-                dim=None if part["dim"] is None else _integer(part["dim"]),
-                start=_integer(part["start"]),
-                length=_integer(part["length"]),
-            )
-            for part in item["parts"]
-        ),
-        elements=_integer(item["elements"]),
-    )
-
-
-def _ending(record: Record) -> Ending:
-    code, cost = record["exit_code"], record["cost"]
-    return Ending(
-        exit_code=None if code is None else _integer(code),
-        cost=None
-        if cost is None
-        else Cost(
-            steps=_integer(cost["steps"]),
-            measurements=_integer(cost["measurements"]),
-            training_s=float(cost["training_s"]),
-            monitoring_s=float(cost["monitoring_s"]),
-            repairing_s=float(cost.get("repairing_s", 0.0)),
-        ),
-        lost_records=_integer(record["lost_records"]),
-    )
-
-
-def _floats(values: Any) -> array[float]:
-    """Returns a column of floats; null and "NaN" are NaN."""
-    column = np.asarray(values, dtype=np.float64)
-    if column.ndim != 1:
-        raise ValueError("not a list of numbers")
-    return array("d", column.tobytes())
-
-
-def _check_lengths(*columns: array[Any]) -> None:
-    if len({len(column) for column in columns}) > 1:
-        raise ValueError("columns of different lengths")
-
-
-def _integer(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError("not a whole number")
-    if not -(2**63) <= value < 2**63:
-        raise OverflowError("a whole number of more than 64 bits")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("not a text")
-    return value
-
-
-def _mapping(value: Any) -> Data:
-    if not isinstance(value, dict):
-        raise TypeError("not a mapping")
-    return value
-
-
 def _head(curve: Curve, step: int) -> Curve:
     return Curve(curve.step[curve.step <= step], curve.value[curve.step <= step])
-
-
-def _frozen(column: array[Any]) -> NDArray[Any]:
-    copy = np.array(column)
-    copy.flags.writeable = False
-    return copy
 
 
 def _position(names: tuple[str, ...], name: str) -> int:

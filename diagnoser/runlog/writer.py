@@ -1,9 +1,7 @@
 """Writes the log of a run from inside the training process, and never stands in its way.
 
-Numbers are exact: a float is written as its shortest repr, NaN and the infinities as the strings
-"NaN", "Infinity" and "-Infinity". Text is untrusted (names come from somebody's program) and
-escaped to ASCII, so a record never spans lines. Each record brings the names that it uses, so a
-damaged line costs itself and nothing else.
+Text is untrusted (names come from somebody's program) and escaped to ASCII, so a record never spans
+lines. Each record brings the names that it uses, so a damaged line costs itself and nothing else.
 """
 
 from __future__ import annotations
@@ -15,27 +13,24 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
-
-import numpy as np
+from typing import Final, Self
 
 from diagnoser.errors import RunLogError
-from diagnoser.runlog.recording import (
-    COLUMNS,
-    LOG_FILE,
-    SCHEMA_VERSION,
-    TABLE_OF,
-    TABLES,
-    Data,
-    Event,
-    Fact,
+from diagnoser.runlog.builder import RecordingBuilder
+from diagnoser.runlog.recording import LOG_FILE, Data, Event, Fact, Recording
+from diagnoser.runlog.records import (
     Record,
-    Recording,
-    RecordingBuilder,
+    components_record,
+    end_record,
+    event_record,
+    fact_record,
+    header_record,
+    loss_record,
+    measurement_record,
 )
 from diagnoser.types import Component, Cost, Measurement
 
@@ -55,8 +50,12 @@ class RunLogWriter:
     happened first; records wait in memory and are tried again with the next one; beyond
     `UNWRITTEN_BYTES` new ones are dropped and counted in ``lost_records``.
 
+    A long log is thinned (see `thinning`). ``beginnings`` is then asked at what steps of a
+    recording something began, the most important first, so that this stays.
+
     Args:
-        directory: Made if it is missing; must not hold a log yet.
+        directory: Made if it is missing; must not hold a log yet. None: all waits in memory until
+            `place` says where it goes.
         run: The run's name.
         header: What is known at the start, JSON-like.
 
@@ -64,29 +63,20 @@ class RunLogWriter:
         RunLogError: The log cannot be created here, or there is one already.
     """
 
-    def __init__(self, directory: Path, run: str, header: Data) -> None:
-        self.path = directory.absolute() / LOG_FILE
+    def __init__(self, directory: Path | None, run: str, header: Data) -> None:
+        self._waits = directory is None
+        self.path = (directory or Path()).absolute() / LOG_FILE
         self.failure: str | None = None
         self.lost_records = 0
         self._process: int | None = os.getpid()
         self._losses: list[tuple[int, float, float]] = []
         self._last_write = time.monotonic()
-        line = _encode(
-            {
-                "record": "header",
-                "schema": f"diagnoser.log/{SCHEMA_VERSION}",
-                "run": run,
-                "header": plain(header),
-            }
-        )
+        self.beginnings: Callable[[Recording], Iterable[int]] = lambda _: ()
+        line = _encode(header_record(run, header))
         self._builder = RecordingBuilder(json.loads(line))
         self._unwritten = bytearray(line)
-        self._create()
-        self._send()
-        if self.failure is not None:
-            with contextlib.suppress(OSError):
-                self.path.unlink()
-            raise RunLogError(self.failure)
+        if directory is not None:
+            self.place(directory)
 
     def __enter__(self) -> Self:
         return self
@@ -99,15 +89,26 @@ class RunLogWriter:
     ) -> None:
         self.close()
 
+    def place(self, directory: Path) -> None:
+        """Makes the log, and writes what has waited for it.
+
+        Raises:
+            RunLogError: It cannot be created here, or there is one already.
+        """
+        self.path = directory.absolute() / LOG_FILE
+        self._create()
+        self._waits = False
+        self._send()
+        if self.failure is not None:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            raise RunLogError(self.failure)
+
     def components(
         self, step: int, components: Sequence[Component], facts: Iterable[Fact] = ()
     ) -> None:
         """Records all components known at ``step`` (the last call counts), and facts of them."""
-        listed = [asdict(component) for component in components]
-        self._write(
-            {"record": "components", "step": int(step), "components": listed},
-            *(_fact_record(fact) for fact in facts),
-        )
+        self._write(components_record(step, components), *map(fact_record, facts))
 
     def loss(self, step: int, value: float, accuracy: float = math.nan) -> None:
         """Records a loss, and the accuracy on the same batch where it shows (else NaN).
@@ -118,32 +119,25 @@ class RunLogWriter:
             return
         self._losses.append((int(step), float(value), float(accuracy)))
         waited = time.monotonic() - self._last_write
-        if len(self._losses) >= LOSSES_A_RECORD or waited > SECONDS_A_RECORD:
+        # A script may set the clock, also back.
+        if len(self._losses) >= LOSSES_A_RECORD or not 0.0 <= waited <= SECONDS_A_RECORD:
             self._write()
 
     def measurement(self, step: int, measurements: Sequence[Measurement], seconds: float) -> None:
         """Records what was measured at ``step``, and how many seconds measuring took."""
-        self._write(_measurement_record(step, measurements, seconds))
+        self._write(measurement_record(step, measurements, seconds))
 
     def event(self, step: int, kind: str, message: str, data: Data) -> None:
         """Records something that happened to the monitor (see `Event`)."""
-        event = Event(int(step), kind, message, plain(data))
-        self._write({"record": "event", **asdict(event)})
+        self._write(event_record(Event(step, kind, message, data)))
 
     def fact(self, step: int, name: str, component: str, value: float, data: Data) -> None:
         """Records something the program does (see `Fact`)."""
-        self._write(_fact_record(Fact(step, name, component, value, data)))
+        self._write(fact_record(Fact(step, name, component, value, data)))
 
     def end(self, exit_code: int | None, cost: Cost | None) -> None:
         """Records that the run ended; a log without this is of a process that died."""
-        self._write(
-            {
-                "record": "end",
-                "exit_code": exit_code,
-                "cost": None if cost is None else plain(asdict(cost)),
-                "lost_records": self.lost_records,
-            }
-        )
+        self._write(end_record(exit_code, cost, self.lost_records))
 
     def recording(self) -> Recording:
         """Returns the recording so far: what `read_run` would read from the log now."""
@@ -188,6 +182,15 @@ class RunLogWriter:
         self._write()
         self._process = None
 
+    @property
+    def trouble(self) -> str | None:
+        """What the disk did not take, in one line; None if it took everything at once."""
+        if self.failure is None:
+            return None
+        missing = self.lost_records + self._unwritten.count(b"\n")
+        what = f"{missing} records are missing in it" if missing else "nothing is missing in it"
+        return f"{self.failure}; {what}"
+
     def _create(self) -> None:
         directory = self.path.parent
         try:
@@ -211,7 +214,7 @@ class RunLogWriter:
             return
         self._last_write = time.monotonic()
         if self._losses:
-            records = (_loss_record(self._losses), *records)
+            records = (loss_record(self._losses), *records)
             self._losses = []
         for record in records:
             line = _encode(record)
@@ -221,9 +224,13 @@ class RunLogWriter:
             else:
                 self._unwritten += line
         self._send()
+        if self._builder.is_long:
+            self._thin()
 
     def _send(self) -> None:
         """Gives the file what waits; what it does not take (a full disk takes a part) stays."""
+        if self._waits:
+            return
         try:
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
             try:
@@ -234,6 +241,33 @@ class RunLogWriter:
         except OSError as error:
             self.failure = self.failure or self._trouble(error)
 
+    def _thin(self) -> None:
+        """Lets go of some of what is old, and writes what is left in place of the log."""
+        beginnings: list[int] = []
+        try:
+            beginnings = list(self.beginnings(self._builder.recording()))
+        except Exception as error:
+            message = f"what began when: {error!r}; thinned without it"
+            self._builder.add(event_record(Event(0, "monitor_error", message, {})))
+        self._builder = self._builder.thinned(beginnings)
+        if self._waits:
+            self._unwritten = bytearray(b"".join(map(_encode, self._builder.records())))
+            return
+        part = self.path.with_name(f"{LOG_FILE}.part")
+        try:
+            with part.open("wb") as file:
+                file.writelines(map(_encode, self._builder.records()))
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.path)
+        except OSError as error:  # the long log stays, and goes on
+            self.failure = self.failure or self._trouble(error)
+            with contextlib.suppress(OSError):
+                part.unlink()
+        else:
+            self._unwritten.clear()
+            self.lost_records = 0
+
     def _trouble(self, error: OSError) -> str:
         return (
             f"{self.path}: cannot write the run log ({error.strerror}); "
@@ -241,47 +275,20 @@ class RunLogWriter:
         )
 
 
-def _measurement_record(step: int, measurements: Sequence[Measurement], seconds: float) -> Record:
-    names: dict[str, dict[str, int]] = {table: {} for table in TABLES}
-    rows: dict[str, list[Any]] = {column: [] for column in COLUMNS}
-    for row in measurements:
-        estimate = row.estimate
-        texts = (row.quantity, row.component, row.other, estimate.method, estimate.dtype)
-        for (column, table), text in zip(TABLE_OF.items(), texts, strict=True):
-            known = names[table]
-            rows[column].append(-1 if text is None else known.setdefault(text, len(known)))
-        rows["step"].append(int(row.step))
-        rows["value"].append(_number(estimate.value))
-        rows["std_error"].append(_optional(estimate.std_error))
-        rows["batch_std_error"].append(_optional(estimate.batch_std_error))
-        rows["samples"].append(-1 if estimate.samples is None else int(estimate.samples))
-    return {
-        "record": "measurement",
-        "step": int(step),
-        "seconds": _number(seconds),
-        **{table: list(known) for table, known in names.items()},
-        "rows": rows,
-    }
-
-
-def _loss_record(losses: Sequence[tuple[int, float, float]]) -> Record:
-    return {
-        "record": "loss",
-        "step": [step for step, _, _ in losses],
-        "value": [_number(value) for _, value, _ in losses],
-        "accuracy": [_number(accuracy) for _, _, accuracy in losses],
-    }
-
-
-def _fact_record(fact: Fact) -> Record:
-    return {
-        "record": "fact",
-        "step": int(fact.step),
-        "name": fact.name,
-        "component": fact.component,
-        "value": _number(fact.value),
-        "data": plain(fact.data),
-    }
+def new_run_directory(name: str) -> Path:
+    """Makes a directory for a run under ``diagnoser-runs/``; no two runs get the same one."""
+    stamp = f"{datetime.now():%Y%m%d-%H%M%S}"
+    first = Path("diagnoser-runs") / f"{name}-{stamp}"
+    path, count = first, 2
+    while True:
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            path, count = first.with_name(f"{first.name}-{count}"), count + 1
+        except OSError:  # the run log, which is about to be made there, says why
+            return path
+        else:
+            return path
 
 
 def add_event(directory: Path, step: int, kind: str, message: str, data: Data) -> None:
@@ -291,11 +298,11 @@ def add_event(directory: Path, step: int, kind: str, message: str, data: Data) -
         RunLogError: There is no log, or it cannot be written.
     """
     path = directory / LOG_FILE
-    event = Event(int(step), kind, message, plain(data))
+    event = event_record(Event(step, kind, message, data))
     try:
         with path.open("r+b") as file:
             file.seek(0, os.SEEK_END)
-            file.write(_encode({"record": "event", **asdict(event)}))
+            file.write(_encode(event))
     except OSError as error:
         raise RunLogError(
             f"{path}: cannot add to the run log ({error.strerror}); what was to be added: {message}"
@@ -304,33 +311,3 @@ def add_event(directory: Path, step: int, kind: str, message: str, data: Data) -
 
 def _encode(record: Record) -> bytes:
     return json.dumps(record, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
-
-
-def _number(value: float) -> float | str:
-    """Returns a float, or the name of one that JSON does not have."""
-    number = float(value)
-    if math.isfinite(number):
-        return number
-    return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
-
-
-def _optional(value: float | None) -> float | str | None:
-    return None if value is None else _number(value)
-
-
-def plain(value: Any) -> Any:
-    """Returns what JSON can hold of ``value``; what it cannot hold (a device, a path), as text.
-
-    NaN and the infinities become their names.
-    """
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, float):
-        return _number(value)
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return str(value)

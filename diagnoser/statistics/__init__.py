@@ -6,11 +6,18 @@ and one read-out, so that a device is synchronised once a measurement.
 
 from diagnoser.statistics.activations import InputStatistics
 from diagnoser.statistics.attention import AttentionStatistics
-from diagnoser.statistics.graph import GraphReading, LossReading, read_graph
+from diagnoser.statistics.graph import (
+    GraphReading,
+    LossReading,
+    cross_entropy_of,
+    loss_factor,
+    read_graph,
+)
 from diagnoser.statistics.nodes import signed
 from diagnoser.statistics.norms import (
     PartList,
     cosines,
+    counts,
     inner_products,
     non_finite_counts,
     nonzero_shares,
@@ -25,7 +32,10 @@ __all__ = [
     "LossReading",
     "PartList",
     "cosines",
+    "counts",
+    "cross_entropy_of",
     "inner_products",
+    "loss_factor",
     "non_finite_counts",
     "nonzero_shares",
     "norms",

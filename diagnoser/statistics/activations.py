@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diagnoser.statistics.nodes import Node, operation_of
+from diagnoser.statistics.nodes import Node, is_there, operation_of
 
 MOST_ELEMENTS = 131_072  # that are looked at of one input
 SAVED_INPUT = {"Mm": "_saved_self", "Addmm": "_saved_mat1", "Convolution": "_saved_input"}
@@ -34,7 +34,7 @@ def saved_input(node: Node) -> Tensor | None:
     """Returns the rows that an operation multiplies with its parameter, (rows, features)."""
     kind = operation_of(node)
     saved: Tensor | None = getattr(node, SAVED_INPUT.get(kind, ""), None)
-    if saved is None:  # the weight needs no gradient
+    if saved is None or not is_there(saved):  # None: the weight needs no gradient
         return None
     saved = saved.movedim(1, -1) if kind == "Convolution" else saved  # channels are its features
     return saved.reshape(-1, saved.shape[-1])

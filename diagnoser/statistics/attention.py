@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from diagnoser.statistics.nodes import (
     Node,
     inputs_of,
     is_shape_only,
+    is_there,
     operation_of,
     own_parameters,
     signed,
@@ -31,13 +33,18 @@ class AttentionStatistics:
     the context vector). ``entropy`` is the mean row entropy divided by the logarithm of the number
     of visible positions (0 one-hot, 1 uniform), ``largest_logit`` the largest absolute logit before
     the mask, ``empty_rows`` the share of rows that are NaN although their logits are finite (every
-    position masked). NaN where it cannot be read.
+    position masked). NaN where it cannot be read. ``entropy_by_head`` is the same for each head,
+    where their number was given and the weights are laid out by it; else empty.
     """
 
     parameters: tuple[Tensor, ...]
     entropy: float
     largest_logit: float
     empty_rows: float
+    entropy_by_head: tuple[float, ...] = ()
+
+
+HeadsOf = Callable[[tuple[Tensor, ...]], int]  # of the attention that parameters belong to
 
 
 def multiplies_values(node: Node, consumers: dict[Node, list[Node]]) -> bool:
@@ -75,14 +82,16 @@ def _nearest_parameters(*starts: Node) -> tuple[Tensor, ...]:
     return tuple(found.values())
 
 
-def read_softmax(node: Node) -> AttentionStatistics:
+def read_softmax(node: Node, heads_of: HeadsOf | None = None) -> AttentionStatistics:
     """Reads an attention written with a softmax."""
     weights = node._saved_result
     dim = signed(node._saved_dim)
     visible = _visible(node, weights)
     visible = visible if visible is None else visible.movedim(dim, -1)
     logits = _largest_logit(inputs_of(node)[0], 1.0) if inputs_of(node) else math.nan
-    return _statistics(weights.movedim(dim, -1), visible, logits, _nearest_parameters(node))
+    parameters = _nearest_parameters(node)
+    heads = heads_of(parameters) if heads_of is not None else 0
+    return _statistics(weights.movedim(dim, -1), visible, logits, parameters, heads)
 
 
 def _visible(softmax: Node, weights: Tensor) -> Tensor | None:
@@ -108,9 +117,12 @@ def _visible(softmax: Node, weights: Tensor) -> Tensor | None:
     return None
 
 
-def read_fused(node: Node) -> AttentionStatistics:
+def read_fused(node: Node, heads_of: HeadsOf | None = None) -> AttentionStatistics:
     """Reads a fused attention, whose weights are computed again."""
     query, key = node._saved_query, node._saved_key
+    if not is_there(query, key):
+        parameters = _nearest_parameters(*inputs_of(node)[:2])
+        return AttentionStatistics(parameters, math.nan, math.nan, math.nan)
     keep = max(1, MOST_ELEMENTS // max(1, query.shape[1] * query.shape[2] * key.shape[2]))
     query, key = query[:keep], key[:keep]
     scale = getattr(node, "_saved_scale", None)
@@ -132,11 +144,17 @@ def read_fused(node: Node) -> AttentionStatistics:
     visible = logits > torch.finfo(query.dtype).min
     weights = logits.softmax(dim=-1)
     weights = weights.where(visible.any(dim=-1, keepdim=True), 0.0)  # as the operation has it
-    return _statistics(weights, visible, largest, _nearest_parameters(*inputs_of(node)[:2]))
+    parameters = _nearest_parameters(*inputs_of(node)[:2])
+    heads = heads_of(parameters) if heads_of is not None else 0
+    return _statistics(weights, visible, largest, parameters, heads)
 
 
 def _statistics(
-    weights: Tensor, seen: Tensor | None, largest_logit: float, parameters: tuple[Tensor, ...]
+    weights: Tensor,
+    seen: Tensor | None,
+    largest_logit: float,
+    parameters: tuple[Tensor, ...],
+    heads: int,
 ) -> AttentionStatistics:
     """Entropy and empty rows of attention weights (..., positions)."""
     length = weights.shape[-1]
@@ -158,7 +176,21 @@ def _statistics(
         empty &= visible == 0
     known = seen is not None or math.isfinite(largest_logit)
     empty_share = float(empty.float().mean()) if known else math.nan
-    return AttentionStatistics(parameters, float(share), largest_logit, empty_share)
+    own = _by_head(torch.where(judged, entropy, math.nan), weights.shape, heads)
+    return AttentionStatistics(parameters, float(share), largest_logit, empty_share, own)
+
+
+def _by_head(entropy: Tensor, shape: torch.Size, heads: int) -> tuple[float, ...]:
+    """Mean entropy of each head, from that of the first rows of weights (..., rows, positions).
+
+    Weights are laid out (batch, heads, ...) or (batch * heads, ...).
+    """
+    if heads < 2 or len(shape) < 3 or shape[-3] != heads and (len(shape) > 3 or shape[0] % heads):
+        return ()
+    rows = shape[-2]
+    whole = len(entropy) // (heads * rows)  # samples of which every head was looked at
+    means = entropy[: whole * heads * rows].reshape(whole, heads, rows).nanmean(dim=(0, 2))
+    return tuple(means.tolist()) if whole else ()
 
 
 def _is_causal(weights: Tensor) -> bool:
@@ -206,7 +238,8 @@ def _largest_product(node: Node) -> float:
         "Baddbmm": ("_saved_batch1", "_saved_batch2"),
     }
     left, right = (getattr(node, name, None) for name in names[operation])
-    if left is None or right is None:  # an operand that needs no gradient is not saved
+    # An operand that needs no gradient is not saved.
+    if left is None or right is None or not is_there(left, right):
         return math.nan
     if left.ndim == 3:
         keep = max(1, MOST_ELEMENTS // (left.shape[1] * right.shape[2]))

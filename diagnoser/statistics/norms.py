@@ -69,6 +69,12 @@ def sums(parts: PartList, tensors: Tensors) -> Array:
     return parts.add_up(owners, _read([view.sum() for view in views]))
 
 
+def counts(parts: PartList, tensors: Tensors) -> Array:
+    """Number of entries of every component's share of ``tensors``; (components,)."""
+    owners, (views,) = parts.select(tensors)
+    return parts.add_up(owners, np.array([view.numel() for view in views], dtype=np.float64))
+
+
 @torch.no_grad()
 def non_finite_counts(parts: PartList, tensors: Tensors) -> Array:
     """How many entries are NaN or infinite, per component; (components,)."""

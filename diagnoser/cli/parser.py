@@ -1,57 +1,39 @@
-"""The command line: ``diagnoser run | check | repair | diagnose | report | rules | ...``."""
+"""What can be asked for on the command line."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
 
 from diagnoser import __version__
-from diagnoser.errors import DiagnoserError, UsageError
-
-if TYPE_CHECKING:
-    from diagnoser.rules import Rule
-    from diagnoser.types import Diagnosis
-
-VERDICT_CODE = {"healthy": 0, "faulty": 1, "inconclusive": 3}
-USAGE = 2
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parses a command line, carries it out, and returns the exit code."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    try:
-        if words and words[0].endswith(".py"):
-            raise UsageError(f"'{words[0]}' is no command; to watch it: diagnoser run {words[0]}")
-        arguments = _parser().parse_args(words)
-        command: Callable[[argparse.Namespace], int] = arguments.command
-        return command(arguments)
-    except DiagnoserError as error:
-        print(f"diagnoser: {error}", file=sys.stderr)
-        for note in getattr(error, "__notes__", ()):
-            print(note, file=sys.stderr)
-        return USAGE
-    except BrokenPipeError:
-        # The reader of our output is gone; nothing more can be said to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return USAGE
-    except KeyboardInterrupt:
-        return 130
+from diagnoser.cli.commands import (
+    do_bench,
+    do_bench_score,
+    do_case_list,
+    do_case_run,
+    do_check,
+    do_diagnose,
+    do_diff,
+    do_import,
+    do_repair,
+    do_report,
+    do_rules_check,
+    do_rules_list,
+    do_rules_show,
+    do_run,
+)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Returns the parser of all command lines; each sets ``command``, what carries it out."""
+    made = argparse.ArgumentParser(
         prog="diagnoser",
         description="Finds out why a PyTorch training run goes wrong: which component, on what "
         "evidence, what to change.",
         epilog="DIAGNOSER_OFF=1 in the environment makes every form of watching do nothing.",
     )
-    parser.add_argument("--version", action="version", version=f"diagnoser {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    made.add_argument("--version", action="version", version=f"diagnoser {__version__}")
+    commands = made.add_subparsers(metavar="COMMAND", required=True)
 
     out_help = "where log, diagnosis and report go (default: a new directory in diagnoser-runs/)"
     verdict_help = "exit with 1 if faulty, 3 if inconclusive, when the script itself succeeded"
@@ -71,7 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     diagnose.add_argument(
         "--json", action="store_true", help="print diagnosis.json instead of text"
     )
-    diagnose.set_defaults(command=_diagnose)
+    diagnose.set_defaults(command=do_diagnose)
+
+    _add_diff(commands)
+    _add_import(commands)
 
     report = commands.add_parser(
         "report",
@@ -87,27 +72,27 @@ def _parser() -> argparse.ArgumentParser:
         help="the page to write (default: report.html in the run directory)",
     )
     _add_judges(report)
-    report.set_defaults(command=_report)
+    report.set_defaults(command=do_report)
 
     _add_repair(commands, out_help)
 
     rules = commands.add_parser("rules", help="list, show or check rules")
     actions = rules.add_subparsers(metavar="ACTION", required=True)
     listing = actions.add_parser("list", help="all shipped rules, one a line")
-    listing.set_defaults(command=_rules_list)
+    listing.set_defaults(command=do_rules_list)
     show = actions.add_parser("show", help="one rule's file")
     show.add_argument("id", metavar="ID", help="as `diagnoser rules list` prints it")
-    show.set_defaults(command=_rules_show)
+    show.set_defaults(command=do_rules_show)
     check = actions.add_parser(
         "check", help="load a directory of rules and run the examples in each file"
     )
     check.add_argument("directory", type=Path, metavar="DIR", help="directory of rule files")
-    check.set_defaults(command=_rules_check)
+    check.set_defaults(command=do_rules_check)
 
     case = commands.add_parser("case", help="list or run the shipped cases")
     case_actions = case.add_subparsers(metavar="ACTION", required=True)
     case_list = case_actions.add_parser("list", help="the shipped cases and their faults")
-    case_list.set_defaults(command=_case_list)
+    case_list.set_defaults(command=do_case_list)
     case_run = case_actions.add_parser("run", help="run a case under the monitor")
     case_run.add_argument("name", metavar="NAME", help="as `diagnoser case list` prints it")
     case_run.add_argument(
@@ -115,10 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     case_run.add_argument("--out", type=Path, metavar="DIR", help=out_help)
     case_run.add_argument("--exit-verdict", action="store_true", help=verdict_help)
-    case_run.set_defaults(command=_case_run)
+    case_run.set_defaults(command=do_case_run)
 
     _add_bench(commands)
-    return parser  # fmt: skip
+    return made  # fmt: skip
 
 
 def _add_run(
@@ -161,16 +146,30 @@ def _add_run(
     )
     _add_strategy(run)
     run.add_argument(
+        "--stop-on",
+        choices=("medium", "high", "critical"),
+        metavar="SEVERITY",
+        help="end the script when something of this severity or graver is found (medium, high or "
+        "critical), and keep the last healthy state as healthy.pt in the run directory",
+    )
+    run.add_argument(
+        "--heads",
+        action="store_true",
+        help="look at each attention head by itself (q_proj[head=3])",
+    )
+    run.add_argument(
+        "--track",
+        action="store_true",
+        help="write what is measured and found into the trackers that the script itself uses, "
+        "beside what it writes there: TensorBoard, MLflow, W&B (default: leave them alone)",
+    )
+    run.add_argument(
         "--exit-verdict",
         action="store_true",
         help=verdict_help,
     )
-    run.add_argument("script", metavar="SCRIPT", help="the training script, a Python file")
-    script_arguments = run.add_argument(
-        "arguments", nargs=argparse.REMAINDER, metavar="ARG", help="the script's own arguments"
-    )
-    script_arguments.required = False  # argparse says otherwise when SCRIPT is missing
-    run.set_defaults(command=_run)
+    _add_program(run)
+    run.set_defaults(command=do_run)
 
 
 def _add_check(
@@ -201,12 +200,62 @@ def _add_check(
         help="or after S seconds of it (default 30)",
     )
     _add_judges(check)
-    check.add_argument("script", metavar="SCRIPT", help="the training script, a Python file")
-    check_arguments = check.add_argument(
-        "arguments", nargs=argparse.REMAINDER, metavar="ARG", help="the script's own arguments"
+    _add_program(check)
+    check.set_defaults(command=do_check)
+
+
+def _add_diff(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    diff = commands.add_parser(
+        "diff",
+        help="say where a recorded run left one that went well, without torch",
+        description="Compares a recorded run with one of the same program that went well: which "
+        "component left it first, at which step, in which quantity, and what else differs.",
+        epilog="The exit code is 0 if there is no difference, 1 if they differ, 3 if they have too "
+        "little in common to tell, 2 for a mistake.",
     )
-    check_arguments.required = False
-    check.set_defaults(command=_check)
+    diff.add_argument("good", type=Path, metavar="GOOD", help="directory of a run that went well")
+    diff.add_argument("bad", type=Path, metavar="BAD", help="directory of the run in question")
+    diff.add_argument("--json", action="store_true", help="print JSON instead of text")
+    diff.set_defaults(command=do_diff)
+
+
+def _add_import(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    imports = commands.add_parser(
+        "import",
+        help="make a run of a log that a script wrote itself, and diagnose it, without torch",
+        description="Makes a run directory of curves that a training script logged itself: a "
+        "trainer_state.json of Hugging Face's Trainer (or a checkpoint with one in it), an event "
+        "file of TensorBoard (or a directory of one run's), or a CSV file with a header. What "
+        "curves cannot tell is said to be unknown; that a run is healthy is among it.",
+        epilog="The exit code is 1 if a fault shows in the curves, 3 if none does, 2 for a "
+        "mistake.",
+    )
+    imports.add_argument("file", type=Path, metavar="FILE", help="the log, a file or a directory")
+    imports.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="the run directory (default: a new one in diagnoser-runs/)",
+    )
+    imports.add_argument(
+        "--column",
+        dest="columns",
+        action="append",
+        default=[],
+        type=_column,
+        metavar="QUANTITY=NAME",
+        help="take QUANTITY (loss, evaluation_loss, accuracy, evaluation_accuracy, gradient_norm, "
+        "learning_rate, or step in a CSV) from the column or tag NAME; without a NAME leave it "
+        "out; may be given again",
+    )
+    imports.set_defaults(command=do_import)
+
+
+def _column(text: str) -> tuple[str, str]:
+    quantity, given, name = text.partition("=")
+    if not given:
+        raise argparse.ArgumentTypeError(f"'{text}': write QUANTITY=NAME, as in loss=train/loss")
+    return quantity, name
 
 
 def _add_repair(
@@ -230,7 +279,24 @@ def _add_repair(
     )
     repair.add_argument("--out", type=Path, metavar="DIR", help=out_help)
     _add_strategy(repair)
-    repair.set_defaults(command=_repair)
+    repair.set_defaults(command=do_repair)
+
+
+def _add_program(command: argparse.ArgumentParser) -> None:
+    """Adds the script and its arguments as one list, so that a ``--`` among these stays there."""
+    command.usage = f"{command.prog} [OPTION ...] [-m] SCRIPT [ARG ...]"
+    command.add_argument(
+        "-m",
+        dest="module",
+        action="store_true",
+        help="SCRIPT is the name of a module, as `python -m` takes it",
+    )
+    command.add_argument(
+        "program",
+        nargs=argparse.REMAINDER,
+        metavar="SCRIPT [ARG ...]",
+        help="the training script, a Python file, and its own arguments",
+    )
 
 
 def _add_judges(command: argparse.ArgumentParser) -> None:
@@ -272,7 +338,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     ):
         action = bench_actions.add_parser(name, help=says)
         _add_bench_options(action)
-        action.set_defaults(command=_bench, action=name)
+        action.set_defaults(command=do_bench, action=name)
     score = bench_actions.add_parser(
         "score", help="learn on the training subjects and score all judges on others"
     )
@@ -289,10 +355,10 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="REASON",
         help="open the test subjects again with the same version; the reason is logged",
     )
-    score.set_defaults(command=_bench_score)
+    score.set_defaults(command=do_bench_score)
     report = bench_actions.add_parser("report", help="print the scores that are there")
     _add_bench_options(report)
-    report.set_defaults(command=_bench, action="report")
+    report.set_defaults(command=do_bench, action="report")
 
 
 def _add_bench_options(action: argparse.ArgumentParser) -> None:
@@ -341,218 +407,3 @@ def _add_bench_options(action: argparse.ArgumentParser) -> None:
         metavar="MODULE:NAME",
         help="subjects and operators of your own, a diagnoser.benchmark.configuration.Catalogue",
     )
-
-
-def _run(arguments: argparse.Namespace) -> int:
-    from diagnoser.launch import run_script
-    from diagnoser.session import strategy_named
-
-    outcome = run_script(
-        arguments.script,
-        arguments.arguments,
-        out=arguments.out,
-        overhead=arguments.overhead,
-        every=arguments.every,
-        rules=arguments.rules,
-        classifier=arguments.classifier,
-        repair=arguments.repair,
-        strategy=strategy_named(arguments.strategy),
-    )
-    return _end_of_run(outcome, exit_verdict=arguments.exit_verdict)
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    from diagnoser.launch import run_script
-    from diagnoser.session import Limit
-
-    if arguments.steps < 1 or not arguments.seconds > 0:
-        raise UsageError("--steps and --seconds: 1 step or more, a positive number of seconds")
-    outcome = run_script(
-        arguments.script,
-        arguments.arguments,
-        out=arguments.out,
-        rules=arguments.rules,
-        classifier=arguments.classifier,
-        limit=Limit(arguments.steps, arguments.seconds),
-    )
-    _end_of_run(outcome, exit_verdict=False)
-    if outcome.diagnosis is None:  # watching is switched off
-        return outcome.exit_code
-    return VERDICT_CODE[outcome.diagnosis.verdict]
-
-
-def _end_of_run(outcome: object, *, exit_verdict: bool) -> int:
-    from diagnoser.launch import Outcome
-
-    assert isinstance(outcome, Outcome)
-    with suppress(OSError, ValueError):  # the script may have closed stderr, its exit code counts
-        if outcome.diagnosis is not None:
-            _print_page(outcome.diagnosis, sys.__stderr__)
-        if outcome.problem is not None:
-            print(f"diagnoser: {outcome.problem}", file=sys.__stderr__)
-        elif outcome.directory is not None:
-            print(f"diagnoser: report {outcome.directory}/report.html", file=sys.__stderr__)
-    if outcome.diagnosis is None or outcome.exit_code != 0 or not exit_verdict:
-        return outcome.exit_code
-    return VERDICT_CODE[outcome.diagnosis.verdict]
-
-
-def _print_page(diagnosis: Diagnosis, file: TextIO | None) -> None:
-    """Prints a diagnosis.
-
-    Raises:
-        BrokenPipeError: Whoever was reading is gone; rich would end the process with 1, which says
-            «faulty».
-    """
-    from rich.console import Console
-
-    from diagnoser.report import print_diagnosis
-
-    try:
-        print_diagnosis(diagnosis, Console(file=file))
-    except SystemExit as stop:
-        raise BrokenPipeError from stop
-
-
-def _diagnose(arguments: argparse.Namespace) -> int:
-    from diagnoser.diagnosis import diagnose, judges
-    from diagnoser.runlog import read_run
-
-    recording = read_run(arguments.run)
-    diagnosis = diagnose(recording, *judges(arguments.rules, arguments.classifier))
-    if arguments.json:
-        from diagnoser.report import diagnosis_to_json
-
-        sys.stdout.write(diagnosis_to_json(diagnosis))
-    else:
-        _print_page(diagnosis, sys.stdout)
-    return VERDICT_CODE[diagnosis.verdict]
-
-
-def _report(arguments: argparse.Namespace) -> int:
-    from diagnoser.diagnosis import diagnose, judges
-    from diagnoser.report import report_data, write_report
-    from diagnoser.runlog import read_run
-
-    recording = read_run(arguments.run)
-    diagnosis = diagnose(recording, *judges(arguments.rules, arguments.classifier))
-    path = arguments.file or arguments.run / "report.html"
-    write_report(diagnosis, report_data(recording, diagnosis.cost), path)
-    print(path)
-    return 0
-
-
-def _rules_list(_: argparse.Namespace) -> int:
-    for rule in _shipped_rules():
-        name = f"{rule.family}/{rule.id}"
-        print(f"{name:<50} {rule.severity:<9} {rule.status:<13} {rule.title}")
-    return 0
-
-
-def _shipped_rules() -> list[Rule]:
-    from diagnoser.diagnosis import FAMILIES, default_rules
-
-    return [rule for family in FAMILIES for rule in default_rules(family)]
-
-
-def _rules_show(arguments: argparse.Namespace) -> int:
-    wanted = arguments.id.rpartition("/")[2]
-    rules = _shipped_rules()
-    for rule in rules:
-        if arguments.id in (rule.id, f"{rule.family}/{rule.id}"):
-            print(rule.path.read_text(encoding="utf-8"), end="")
-            return 0
-    import difflib
-
-    near = difflib.get_close_matches(wanted, [rule.id for rule in rules], n=1)
-    hint = f"; did you mean {near[0]}" if near else "; `diagnoser rules list` shows all"
-    raise UsageError(f"no rule '{arguments.id}'{hint}")
-
-
-def _rules_check(arguments: argparse.Namespace) -> int:
-    from diagnoser.features import CATALOGUE
-    from diagnoser.rules import check_directory
-
-    problems = check_directory(arguments.directory, CATALOGUE)
-    for problem in problems:
-        print(f"diagnoser: {problem}", file=sys.stderr)
-    if not problems:
-        print(
-            f"{arguments.directory}: every rule loads, its examples hold, no clause is decoration"
-        )
-    return USAGE if problems else 0
-
-
-def _case_list(_: argparse.Namespace) -> int:
-    from diagnoser.cases import load_cases
-
-    for case in load_cases():
-        faults = ", ".join(fault.name for fault in case.faults)
-        print(f"{case.name:<16} healthy {case.metric.name} {case.metric.healthy}; faults: {faults}")
-    return 0
-
-
-def _case_run(arguments: argparse.Namespace) -> int:
-    from diagnoser.cases import command_line, load_case
-    from diagnoser.launch import run_script
-
-    case = load_case(arguments.name)
-    outcome = run_script(case.script, command_line(case, arguments.fault), out=arguments.out)
-    return _end_of_run(outcome, exit_verdict=arguments.exit_verdict)
-
-
-def _repair(arguments: argparse.Namespace) -> int:
-    from diagnoser.cases import load_case
-    from diagnoser.restart import repair_case
-    from diagnoser.session import strategy_named
-
-    case = load_case(arguments.case)
-    fault = arguments.fault
-    if fault is None and case.faults:
-        fault = case.faults[0].name
-    outcome = repair_case(
-        case,
-        None if fault == "none" else fault,
-        out=arguments.out,
-        strategy=strategy_named(arguments.strategy),
-    )
-    _end_of_run(outcome, exit_verdict=False)
-    if outcome.exit_code != 0 or outcome.diagnosis is None:
-        return outcome.exit_code
-    return 0 if outcome.repaired or outcome.diagnosis.verdict == "healthy" else 1
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    commands, request = _bench_request(arguments)
-    getattr(commands, arguments.action)(request)
-    return 0
-
-
-def _bench_score(arguments: argparse.Namespace) -> int:
-    commands, request = _bench_request(arguments)
-    commands.score(request, split=arguments.split, again=arguments.again)
-    return 0
-
-
-def _bench_request(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    try:
-        from diagnoser.benchmark import commands
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"bench needs the package {error.name}; run: pip install 'diagnoser[bench]'"
-        ) from error
-    request = commands.Request(
-        size=arguments.size,
-        out=arguments.out,
-        jobs=arguments.jobs,
-        minutes=arguments.minutes,
-        dask=arguments.dask,
-        only=tuple(arguments.only),
-        operators=tuple(arguments.operator),
-        catalogue=arguments.catalogue,
-    )
-    return commands, request
-
-
-if __name__ == "__main__":
-    sys.exit(main())
