@@ -16,7 +16,7 @@ from typing import Final
 from benchmarks import paper_cases
 from benchmarks.ablation_document import table
 from benchmarks.study.claims import LAST, STRONGEST, claims, contradicts
-from benchmarks.study.parts import ARMS, CHECKPOINTS, LOOP
+from benchmarks.study.parts import ARMS, CHECKPOINTS, LOOP, NOISE_OF_INTERVENTION, PARTS
 from benchmarks.study.settings import DISTILBERT, HAN, Setting, settings
 from benchmarks.study.statistics import (
     Mean,
@@ -30,7 +30,7 @@ from benchmarks.study.statistics import (
     pair,
     percent,
     rows,
-    short,
+    share,
 )
 
 DOCUMENT: Final = Path(__file__).parents[1] / "docs" / "study.md"
@@ -68,6 +68,8 @@ COUPLINGS: Final[Mapping[tuple[str, str], float]] = {
 }
 GRADIENT_OF_W2: Final = 1.25
 
+ENDS: Final = ("lambda_min", "lambda_max")
+
 PREDICTORS: Final[Mapping[str, str]] = {
     "coupling": "coupling norm",
     "along_gradients": "coupling along the gradients",
@@ -88,59 +90,73 @@ def of_paper(found: Mapping[str, Mapping[str, object]], model: str, name: str) -
     return str(own.get(key, ""))
 
 
-def trace(model: str, name: str, checkpoint: int = LAST) -> list[float]:
-    """Returns the trace of a group by seed."""
-    return by_seed(
-        "measured", model, lambda r: block(r, checkpoint, "curvature", name)["trace"]["value"]
-    )
-
-
 def curvature_of(setting: Setting) -> str:
     """Trace, ends and extreme eigenvalues of every group at the end of training."""
-    found = rows("measured", setting.name)
     lines = []
     for name in (*setting.layers, *setting.matrices):
-        at = [block(row, LAST, "curvature", name) for row in found]
+        at = [block(row, LAST, "curvature", name) for row in rows("measured", setting.name)]
         signs = [clear_sign(entry["trace"]) for entry in at]
-        extremes = zip(*(sorted(entry["extreme"]) for entry in at), strict=True)
+        trace, *ends, extreme = _curvature(at)
         lines.append(
             [
                 name,
                 of_paper(TRACES, setting.name, name),
-                str(mean([entry["trace"]["value"] for entry in at])),
+                trace,
                 f"{signs.count(-1)} / {signs.count(0)} / {signs.count(1)}",
-                str(mean([entry["lambda_min"]["value"] for entry in at])),
-                str(mean([entry["lambda_max"]["value"] for entry in at])),
+                *ends,
                 of_paper(EIGENVALUES, setting.name, name),
-                ", ".join(short(statistics.median(values)) for values in extremes),
+                extreme,
             ]
         )
     head = ["group", "paper: trace", "trace", "seeds - / ? / +", "lambda_min", "lambda_max"]
     return table([*head, "paper: eigenvalues", "three of largest magnitude"], lines)
 
 
+def _curvature(at: Sequence[Row]) -> list[str]:
+    """Returns trace, lambda_min, lambda_max and the three of largest magnitude, over seeds."""
+    extremes = zip(*(sorted(entry["extreme"]) for entry in at), strict=True)
+    return [
+        *(str(mean([e[name]["value"] for e in at])) for name in ("trace", *ENDS)),
+        "; ".join(str(mean(values)) for values in extremes),
+    ]
+
+
 def checkpoints_of(setting: Setting) -> str:
-    """Traces at every checkpoint, with PyHessian's beside them."""
+    """The same at every checkpoint."""
     found = rows("measured", setting.name)
     lines = []
     for name in (*setting.layers, *setting.matrices):
-        for at, share in enumerate(CHECKPOINTS):
-            ours = [block(row, at, "curvature", name)["trace"] for row in found]
-            cells = [name, f"{share:.0%}", str(mean([t["value"] for t in ours]))]
-            if found[0]["checkpoints"][at]["pyhessian"]:
-                theirs = [block(row, at, "pyhessian", name) for row in found]
-                probes = sorted(entry["probes"] for entry in theirs)
-                cells += [
+        for at, done in enumerate(CHECKPOINTS):
+            own = [block(row, at, "curvature", name) for row in found]
+            lines.append([name, f"{done:.0%}", *_curvature(own)])
+    head = ["group", "of training", "trace", "lambda_min", "lambda_max"]
+    return table([*head, "three of largest magnitude"], lines)
+
+
+def pyhessian_of(setting: Setting) -> str:
+    """PyHessian's answers beside ours, on the same samples."""
+    found = rows("measured", setting.name)
+    lines = []
+    for name in (*setting.layers, *setting.matrices):
+        for at in setting.asked_of_pyhessian:
+            ours = [block(row, at, "curvature", name) for row in found]
+            theirs = [block(row, at, "pyhessian", name) for row in found]
+            probes = sorted(entry["probes"] for entry in theirs)
+            wrong = sum(contradicts(a["trace"], b) for a, b in zip(ours, theirs, strict=True))
+            lines.append(
+                [
+                    name,
+                    f"{CHECKPOINTS[at]:.0%}",
+                    str(mean([entry["trace"]["value"] for entry in ours])),
                     str(mean([entry["trace"] for entry in theirs])),
                     f"{statistics.median(probes):g} ({probes[0]} to {probes[-1]})",
-                    str(sum(map(contradicts, ours, theirs))),
+                    f"{wrong} of {len(found)}",
+                    str(mean([max((e[x]["value"] for x in ENDS), key=abs) for e in ours])),
+                    str(mean([entry["top"] for entry in theirs])),
                 ]
-            else:
-                cells += ["", "", ""]
-            lines.append(cells)
-    return table(
-        ["group", "of training", "trace", "PyHessian's", "probes it took", "sign wrong"], lines
-    )
+            )
+    head = ["group", "of training", "trace", "PyHessian's", "probes it took", "sign wrong"]
+    return table([*head, "largest eigenvalue", "PyHessian's"], lines)
 
 
 def pyhessian() -> str:
@@ -262,6 +278,37 @@ def _times(pairs: Sequence[tuple[float, float]]) -> str:
     return str(Mean(*(math.exp(v) for v in (logs.value, logs.low, logs.high)), logs.n))
 
 
+def printed() -> str:
+    """Returns the numbers that stand in the paper's text, beside ours."""
+    noisy = {
+        alpha: share([a["variability"] for a in _twins(HAN, layer, alpha)[0]])
+        for layer, alpha in _arms_of(HAN)
+        if layer == "word attention"
+    }
+    by_chance = share([a["variability"] for a in _twins(HAN, "another order", 0.0)[0]])
+    lowered = share([arm(r, arm="group")["variability"] for r in rows("intervention", "han")])
+
+    def ratio(name: str) -> str:
+        own = (arm(row, arm=name) for row in rows("intervention", "han"))
+        return str(mean([float(pair(a["coupling"], STRONGEST)["ratio"]) for a in own]))
+
+    return table(
+        ["number in the text", "paper", "here"],
+        [
+            ["gradient norm of W2", str(GRADIENT_OF_W2), str(mean(_norms("W2", LAST)))],
+            ["predictions changed without noise", "5 %", f"{by_chance} % (another order)"],
+            [
+                "with noise in W1 and W2",
+                "30 %",
+                "; ".join(f"{told} % at alpha {alpha:g}" for alpha, told in noisy.items()),
+            ],
+            [f"with noise of {NOISE_OF_INTERVENTION:g} and a lower rate", "10 %", f"{lowered} %"],
+            ["coupling of W2 and S1 after noise", "-0.68", f"{ratio('nothing')} (ratio)"],
+            ["the same with a lower rate", "-0.41", f"{ratio('group')} (ratio)"],
+        ],
+    )
+
+
 def variability() -> str:
     """How many predictions noise changes by the end, beside what changes without any."""
     lines = []
@@ -275,8 +322,8 @@ def variability() -> str:
                     setting.title,
                     layer,
                     f"{alpha:g}" if layer in setting.disturbed else "",
-                    percent(mean([a["variability"] for a in own])),
-                    percent(mean(last)),
+                    share([a["variability"] for a in own]),
+                    share(last),
                     percent(mean(lost)),
                 ]
             )
@@ -296,9 +343,9 @@ def intervention(setting: Setting) -> str:
         lines.append(
             [
                 name,
-                percent(mean([a["variability"] for a in own])),
+                share([a["variability"] for a in own]),
                 "" if name == "nothing" else percent(mean(changed)),
-                percent(mean([a["accuracy"] for a in own])),
+                share([a["accuracy"] for a in own]),
                 str(mean([ratio for ratio, _ in coupled])),
                 str(mean([norm for _, norm in coupled])),
             ]
@@ -351,11 +398,30 @@ def trained() -> str:
                 setting.title,
                 str(len(at)),
                 str(steps),
-                percent(mean([c["accuracy"] for c in at])),
+                share([c["accuracy"] for c in at]),
                 str(setting.products),
+                *(f"{_minutes(setting.name, part):.1f}" for part in PARTS),
             ]
         )
-    return table(["model", "seeds", "steps", "accuracy, %", "products for each number"], lines)
+    head = ["model", "seeds", "steps", "accuracy, %", "products for each number"]
+    return table([*head, *(f"{part}, CPU minutes" for part in PARTS)], lines)
+
+
+def _minutes(model: str, part: str) -> float:
+    """Returns how long a seed takes, in the middle."""
+    return statistics.median(by_seed(part, model, lambda row: float(row["seconds"]))) / 60
+
+
+def cost() -> str:
+    """What it takes to make all of it again, in words."""
+    seconds = sum(
+        row["seconds"] for s in settings() for part in PARTS for row in rows(part, s.name)
+    )
+    return (
+        f"All of it is {seconds / 3600:.1f} CPU-hours, half of that on two cores "
+        "(`python -m benchmarks.paper_study --fresh`); without `--fresh` only what is missing is "
+        "made."
+    )
 
 
 def under_the_tool() -> str:
@@ -383,7 +449,9 @@ def _for(setting: Setting, make: Callable[[Setting], str]) -> Callable[[], str]:
 BLOCKS: Final[Mapping[str, Callable[[], str]]] = {
     "claims": claimed,
     "study runs": trained,
+    "study cost": cost,
     "pyhessian in short": pyhessian,
+    "printed": printed,
     "gradients": gradients,
     "variability": variability,
     "repair loop": loop,
@@ -391,6 +459,7 @@ BLOCKS: Final[Mapping[str, Callable[[], str]]] = {
     "under the tool": under_the_tool,
     **{f"curvature {s.name}": _for(s, curvature_of) for s in settings()},
     **{f"checkpoints {s.name}": _for(s, checkpoints_of) for s in settings()},
+    **{f"pyhessian {s.name}": _for(s, pyhessian_of) for s in settings()},
     **{f"coupling {s.name}": _for(s, couplings) for s in settings()},
     **{
         f"noise {when} {s.name}".replace("_", " "): _for(

@@ -24,8 +24,8 @@ from benchmarks.study.statistics import (
     correlations,
     mean,
     pair,
-    percent,
     rows,
+    share,
     short,
 )
 
@@ -250,11 +250,11 @@ def noise() -> Claim:
     for alpha in alphas:
         own = [arm(row, layer="word attention", alpha=alpha)["variability"] for row in found]
         signs.append(mean([a - b for a, b in zip(own, chance, strict=True)]).sign)
-        told.append(f"{percent(mean(own))} at alpha {alpha:g}")
+        told.append(f"{share(own)} at alpha {alpha:g}")
     return Claim(
         "HAN: noise in W1 and W2 changes more predictions (from 5 % to 30 %; no alpha is given)",
         f"{'; '.join(told)}; another order of the batches, and no noise, changes "
-        f"{percent(mean(chance))}: more than that at {sum(s == 1 for s in signs)} of "
+        f"{share(chance)}: more than that at {sum(s == 1 for s in signs)} of "
         f"{len(signs)} alphas",
         sum(sign == 1 for sign in signs),
         len(signs),

@@ -142,5 +142,11 @@ def correlations(model: str, effect: str, predictor: str) -> list[float]:
 
 
 def percent(of: Mean) -> str:
-    """Returns a share with its interval, in percent."""
+    """Returns a difference of shares with its interval, in percentage points."""
     return f"{100 * of.value:.1f} [{100 * of.low:.1f}, {100 * of.high:.1f}]"
+
+
+def share(values: Sequence[float]) -> str:
+    """Returns the mean of shares in percent; its interval ends where no share can lie beyond."""
+    of = mean(values)
+    return percent(Mean(of.value, max(of.low, 0.0), min(of.high, 1.0), of.n))
