@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 # Two tests at a time, each with one thread: with more they wait for one another.
 TWO := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-.PHONY: demo test check docs evidence clean
+.PHONY: demo test check docs study evidence clean
 
 $(VENV)/.stamp-base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -50,6 +50,11 @@ docs: $(VENV)/.stamp-docs
 	$(BIN)/python -m sphinx --builder html --nitpicky --fail-on-warning --keep-going --quiet docs build/docs
 	@echo 'open build/docs/index.html'
 
+# Tables and figures of docs/study.md, from the rows of benchmarks/results/study.jsonl.
+study: $(VENV)/.stamp-test
+	$(BIN)/python -m benchmarks.study.figures
+	$(BIN)/python -m benchmarks.tables
+
 evidence: $(VENV)/.stamp-test
 	$(PIP) --no-deps curvlinops-for-pytorch==3.0.1 einops==0.8.2 einconv==0.1.0 linear_operator==0.6.1
 	$(BIN)/python -m benchmarks.subject_harm
@@ -88,7 +93,8 @@ evidence: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.repair_han
 	$(BIN)/python -m benchmarks.paper_cases --fresh
 	$(BIN)/python -m benchmarks.paper_study --fresh
-	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.study.ranges
+	$(MAKE) study
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache diagnoser-runs

@@ -159,6 +159,21 @@ def pyhessian_of(setting: Setting) -> str:
     return table([*head, "largest eigenvalue", "PyHessian's"], lines)
 
 
+def traces() -> str:
+    """How many of all traces have which sign, in words."""
+    found = [
+        clear_sign(entry["trace"])
+        for setting in settings()
+        for row in rows("measured", setting.name)
+        for checkpoint in row["checkpoints"]
+        for entry in checkpoint["curvature"]
+    ]
+    return (
+        f"Of {len(found)} traces of single seeds, at all checkpoints, {found.count(-1)} are "
+        f"clearly negative, {found.count(1)} clearly positive, {found.count(0)} not told from zero."
+    )
+
+
 def pyhessian() -> str:
     """How many probes PyHessian takes where its first estimates are negative, in words."""
     probes: dict[bool, list[int]] = {True: [], False: []}
@@ -176,7 +191,7 @@ def pyhessian() -> str:
         f"Of {of} traces that PyHessian 0.1 gave, {len(probes[True])} were negative, {few} of them "
         f"from two or three probes (median {statistics.median(probes[True]):g}; of the positive "
         f"ones {statistics.median(probes[False]):g}, of 100 at most). {wrong} have the wrong sign "
-        "where ours is two errors of its own from zero on the same samples."
+        "where ours is three errors of its probing from zero, on the same samples."
     )
 
 
@@ -278,6 +293,32 @@ def _times(pairs: Sequence[tuple[float, float]]) -> str:
     return str(Mean(*(math.exp(v) for v in (logs.value, logs.low, logs.high)), logs.n))
 
 
+def signs_after_noise() -> str:
+    """How many seeds have a trace below, not told from, and above zero in the disturbed layer."""
+    lines = []
+    for setting in settings():
+        for layer in setting.disturbed:
+            for alpha in (0.0, *(a for name, a in _arms_of(setting) if name == layer)):
+                arms = _twins(setting, layer if alpha else "none", alpha)[0]
+                lines.append(
+                    [
+                        setting.title,
+                        layer,
+                        f"{alpha:g}",
+                        *(_signs(arms, when, layer) for when in ("right_after", "at_the_end")),
+                    ]
+                )
+    return table(
+        ["model", "layer", "alpha", "right after - / ? / +", "at the end - / ? / +"], lines
+    )
+
+
+def _signs(arms: Sequence[Row], when: str, layer: str) -> str:
+    blocks = (next(b for b in a[when]["curvature"] if b["block"] == layer) for a in arms)
+    found = [clear_sign(entry["trace"]) for entry in blocks]
+    return f"{found.count(-1)} / {found.count(0)} / {found.count(1)}"
+
+
 def printed() -> str:
     """Returns the numbers that stand in the paper's text, beside ours."""
     noisy = {
@@ -327,8 +368,8 @@ def variability() -> str:
                     percent(mean(lost)),
                 ]
             )
-    head = ["model", "noise in", "alpha", "predictions changed", "by the last epoch"]
-    return table([*head, "accuracy lost"], lines)
+    head = ["model", "noise in", "alpha", "predictions changed, %", "by the last epoch, %"]
+    return table([*head, "accuracy lost, points"], lines)
 
 
 def intervention(setting: Setting) -> str:
@@ -351,7 +392,7 @@ def intervention(setting: Setting) -> str:
             ]
         )
     title = " x ".join(names)
-    head = ["after noise", "predictions changed", "against nothing", "accuracy"]
+    head = ["after noise", "predictions changed, %", "less nothing, points", "accuracy, %"]
     return table([*head, f"ratio of {title}, absolute", f"norm of {title}"], lines)
 
 
@@ -450,9 +491,11 @@ BLOCKS: Final[Mapping[str, Callable[[], str]]] = {
     "claims": claimed,
     "study runs": trained,
     "study cost": cost,
+    "traces in short": traces,
     "pyhessian in short": pyhessian,
     "printed": printed,
     "gradients": gradients,
+    "signs after noise": signs_after_noise,
     "variability": variability,
     "repair loop": loop,
     "propagation": propagation,

@@ -23,6 +23,7 @@ from benchmarks import (
     reproductions_document,
     rules_document,
     scores_document,
+    study_document,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +147,7 @@ DOCUMENTS: dict[Path, Mapping[str, Callable[[], str]]] = {
     reproductions_document.DOCUMENT: reproductions_document.BLOCKS,
     repair_document.DOCUMENT: repair_document.BLOCKS,
     rules_document.DOCUMENT: rules_document.BLOCKS,
+    study_document.DOCUMENT: study_document.BLOCKS,
     ROOT / "docs" / "scores.md": {
         **scores_document.BLOCKS,
         "evidence": evidence,

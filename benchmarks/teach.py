@@ -3,7 +3,8 @@
 With ``--bench``, from a directory in which ``diagnoser bench truth`` and ``run`` of size small have
 finished, and from the training subjects alone:
 
-* ``rules/healthy-ranges.json``: how far each feature reaches in healthy runs, by kind;
+* ``rules/healthy-ranges.json``: how far each feature reaches in healthy runs, by kind, and in
+  those of the paper's study (`benchmarks.study.ranges`);
 * ``rules/precision.json``: how often each rule was right;
 * ``benchmarks/results/bench/examples.parquet`` and ``components.parquet``: what the classifier
   learns from, in the columns that it rests on.
@@ -27,6 +28,7 @@ from joblib import Parallel, delayed
 
 import diagnoser
 from benchmarks.outcomes import BENCH, SIZE
+from benchmarks.study.ranges import widened
 from diagnoser.benchmark.configuration import catalogue
 from diagnoser.benchmark.dataset import HEALTHY, Seen, Truth, recording_of, truths
 from diagnoser.benchmark.evaluate import lessons, read
@@ -67,7 +69,7 @@ def from_runs(store: Store) -> None:
 
     healthy = [t for t in train.values() if t.control in HEALTHY]
     reached = _extremes(store, healthy, jobs)
-    ranges = learn_ranges(reached)
+    ranges = widened(learn_ranges(reached))
     save_ranges(RULES / "healthy-ranges.json", ranges)
     shipped_ranges.cache_clear()
     print(f"healthy ranges of {len(ranges.features)} features from {ranges.runs} runs")

@@ -23,6 +23,7 @@ PAGES = [
     "benchmark",
     "curvature",
     "ablation",
+    "study",
 ]
 FIRST = "index"
 OTHERS = sorted({page.stem for page in Path(__file__).parent.glob("*.md")} - {FIRST, *PAGES})

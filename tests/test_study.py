@@ -15,13 +15,16 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import paper_cases, paper_study, study_document
+from benchmarks import ablation_document, paper_cases, paper_study, study_document
 from benchmarks.study import figures, measure, ranges, statistics
-from benchmarks.study.parts import ARMS, PARTS
+from benchmarks.study.claims import FRAGILE, LAST, Claim, claims
+from benchmarks.study.parts import ARMS, LOOP, PARTS
 from benchmarks.study.settings import DISTILBERT, HAN, VIDEO, Training, settings
+from benchmarks.study.statistics import block
+from benchmarks.study_document import couplings, pyhessian, traces
 from diagnoser import cases
 from diagnoser.errors import UsageError
-from diagnoser.rules import Range, Ranges
+from diagnoser.rules import Range, Ranges, shipped_ranges
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,6 +182,102 @@ def test_groups_of_a_random_intervention_are_others_of_equal_size():
         size = sum(named[name].numel() for name in names)
         last = named[names[-1]].numel()
         assert size - last < wanted <= size < 2 * wanted
+
+
+def test_the_committed_rows_are_all_that_the_study_has():
+    rows = [json.loads(line) for line in statistics.RESULTS.read_text("utf-8").splitlines()]
+    found = [(row["part"], row["model"], row["seed"]) for row in rows]
+    assert len(found) == len(set(found))
+    assert set(found) == {
+        (part, s.name, seed) for part in PARTS for s in settings() for seed in range(s.seeds)
+    }
+
+
+def test_what_the_study_says_of_the_ablation_is_what_that_found():
+    told = ablation_document.BLOCKS["outcome"]()
+    assert told.count("no benefit found") == 4
+    assert "[the ablation](ablation.md) found no benefit" in claims()[-1].found
+
+
+def claim(start: str) -> Claim:
+    (found,) = (c for c in claims() if c.said.startswith(start))
+    return found
+
+
+def test_what_the_page_says_of_traces_is_what_was_found():
+    negative, positive, untold = map(int, re.findall(r" (\d+) (?:are|clearly|not)", traces()))
+    assert negative < 0.05 * (negative + positive + untold)
+    for setting in settings():
+        at = [
+            block(row, LAST, "curvature", FRAGILE[setting.name])["trace"]["value"]
+            for row in statistics.rows("measured", setting.name)
+        ]
+        assert statistics.mean(at).value > 0
+    below, few, wrong = map(
+        int, re.search(r"(\d+) were .* (\d+) of .* (\d+) have", pyhessian()).groups()
+    )
+    assert few > below / 2 and wrong > 0
+    rises = claim("The loss rises most").parts
+    assert rises[:3] == [1, -1, -1]  # word attention; cross attention twice
+    assert 1 not in rises[3:]
+
+
+def test_what_the_page_says_of_coupling_and_noise_is_what_was_found():
+    own = claim("HAN: W2 and S1")
+    assert own.parts[0] == -1 and 1 not in own.parts
+    assert int(re.search(r"number (\d)", own.found)[1]) > 3
+    assert all(int(line.split("|")[-2].split()[0]) for line in couplings(HAN).splitlines()[2:])
+    assert claim("HAN: noise in W1").parts[:4] == [-1] * 4
+    assert set(claim("DistilBERT: faults in the query").parts) == {-1}
+    for row in statistics.rows("perturbed", VIDEO.name):
+        assert statistics.mean([arm["variability"] for arm in row["arms"]]).value < 0.05
+
+
+def test_what_the_page_says_of_the_remedy_is_what_was_found():
+    def gap(setting, name, get=lambda of: of["variability"]):
+        rows = statistics.rows("intervention", setting.name)
+        arms = [[get(statistics.arm(r, arm=a)) for r in rows] for a in (name, "nothing")]
+        return statistics.mean([a - b for a, b in zip(*arms, strict=True)])
+
+    assert [gap(s, "group").sign for s in settings()] == [1, 0, 0]
+    assert [gap(s, "all").sign for s in settings()] == [1, 1, 1]
+    assert gap(HAN, "group", lambda of: of["accuracy"]).low > -0.01
+    assert claim("HAN: a lower rate").parts[1] == 0  # coupling
+    verdicts = [
+        statistics.arm(row, arm=LOOP)["verdict"]
+        for s in settings()
+        for row in statistics.rows("intervention", s.name)
+    ]
+    assert verdicts.count("faulty") < len(verdicts) / 4
+
+
+def test_what_the_page_says_of_propagation_is_what_was_found():
+    for setting in settings():
+        known = statistics.correlations(setting.name, "gradient", "coupling")
+        assert statistics.mean(known).low > 0.7
+    better = claim("Coupling tells better than gradients").parts
+    assert -1 not in better and better.count(1) > len(better) / 2
+    of_han, of_video, of_distilbert = (
+        claim("(ours) It tells").parts[at : at + 3] for at in (0, 3, 6)
+    )
+    assert of_han[1:] == of_video[1:] == [-1, -1]
+    assert 1 not in of_distilbert[1:]
+
+
+@pytest.mark.parametrize("setting", settings(), ids=lambda setting: setting.name)
+def test_the_committed_figures_are_those_of_the_committed_rows(setting):
+    assert figures.path_of(setting).read_text("utf-8") == figures.figure(setting)
+    page = study_document.DOCUMENT.read_text("utf-8")
+    assert f"](figures/{figures.path_of(setting).name})" in page
+
+
+def test_the_shipped_ranges_hold_what_the_study_s_healthy_runs_reached():
+    assert ranges.widened(shipped_ranges()) == shipped_ranges()
+
+
+def test_a_share_s_interval_ends_where_no_share_lies_beyond():
+    assert statistics.share([0.0, 0.0, 0.03]) == "1.0 [0.0, 5.3]"
+    assert statistics.share([1.0, 1.0, 0.97]) == "99.0 [94.7, 100.0]"
 
 
 def test_a_mean_has_student_s_interval_and_no_mean_hides_what_is_not_finite():

@@ -57,6 +57,7 @@ def figure(setting: Setting) -> str:
                 low, high = [m.low for m in means], [m.high for m in means]
                 axes.fill_between(ALPHAS, low, high, color=colour, alpha=0.15, linewidth=0)
             axes.set(title=f"{setting.title}: {title}", xlabel="alpha", ylabel="rise of the loss")
+            axes.set_xticks([-1.0, -0.5, 0.0, 0.5, 1.0])
             axes.axhline(0.0, color="#888888", linewidth=0.6)
             axes.legend(frameon=False, fontsize="small")
         file = io.StringIO()
