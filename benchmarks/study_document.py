@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -33,6 +34,7 @@ from benchmarks.study.statistics import (
     share,
 )
 
+WIDTH: Final = 100  # of a line of text
 DOCUMENT: Final = Path(__file__).parents[1] / "docs" / "study.md"
 
 # What the paper prints: Table 1, by the group here that it can only mean.
@@ -159,6 +161,10 @@ def pyhessian_of(setting: Setting) -> str:
     return table([*head, "largest eigenvalue", "PyHessian's"], lines)
 
 
+def _filled(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
+
+
 def traces() -> str:
     """How many of all traces have which sign, in words."""
     found = [
@@ -168,7 +174,7 @@ def traces() -> str:
         for checkpoint in row["checkpoints"]
         for entry in checkpoint["curvature"]
     ]
-    return (
+    return _filled(
         f"Of {len(found)} traces of single seeds, at all checkpoints, {found.count(-1)} are "
         f"clearly negative, {found.count(1)} clearly positive, {found.count(0)} not told from zero."
     )
@@ -187,7 +193,7 @@ def pyhessian() -> str:
                     wrong += contradicts(ours, theirs)
                     of += 1
     few = sum(count <= 3 for count in probes[True])
-    return (
+    return _filled(
         f"Of {of} traces that PyHessian 0.1 gave, {len(probes[True])} were negative, {few} of them "
         f"from two or three probes (median {statistics.median(probes[True]):g}; of the positive "
         f"ones {statistics.median(probes[False]):g}, of 100 at most). {wrong} have the wrong sign "
@@ -441,15 +447,15 @@ def trained() -> str:
                 str(steps),
                 share([c["accuracy"] for c in at]),
                 str(setting.products),
-                *(f"{_minutes(setting.name, part):.1f}" for part in PARTS),
+                f"{sum(_minutes(setting.name, part) for part in PARTS):.0f}",
             ]
         )
     head = ["model", "seeds", "steps", "accuracy, %", "products for each number"]
-    return table([*head, *(f"{part}, CPU minutes" for part in PARTS)], lines)
+    return table([*head, "CPU minutes a seed"], lines)
 
 
 def _minutes(model: str, part: str) -> float:
-    """Returns how long a seed takes, in the middle."""
+    """Returns how long a part of a seed takes, in the middle."""
     return statistics.median(by_seed(part, model, lambda row: float(row["seconds"]))) / 60
 
 
@@ -458,7 +464,7 @@ def cost() -> str:
     seconds = sum(
         row["seconds"] for s in settings() for part in PARTS for row in rows(part, s.name)
     )
-    return (
+    return _filled(
         f"All of it is {seconds / 3600:.1f} CPU-hours, half of that on two cores "
         "(`python -m benchmarks.paper_study --fresh`); without `--fresh` only what is missing is "
         "made."
