@@ -68,6 +68,7 @@ evidence: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.first_fault
 	$(BIN)/python -m benchmarks.newcomer
 	$(BIN)/python -m benchmarks.fuzz
+	$(BIN)/python -m benchmarks.paper_study --fresh
 	$(BIN)/diagnoser bench truth
 	$(BIN)/diagnoser bench run
 	$(BIN)/python -m benchmarks.teach --bench diagnoser-bench
@@ -92,8 +93,6 @@ evidence: $(VENV)/.stamp-test
 	$(BIN)/python -m benchmarks.repair run
 	$(BIN)/python -m benchmarks.repair_han
 	$(BIN)/python -m benchmarks.paper_cases --fresh
-	$(BIN)/python -m benchmarks.paper_study --fresh
-	$(BIN)/python -m benchmarks.study.ranges
 	$(MAKE) study
 
 clean:

@@ -23,6 +23,7 @@ from benchmarks.study.settings import DISTILBERT, HAN, VIDEO, Training, settings
 from benchmarks.study.statistics import block
 from benchmarks.study_document import couplings, pyhessian, traces
 from diagnoser import cases
+from diagnoser.diagnosis import default_rules
 from diagnoser.errors import UsageError
 from diagnoser.rules import Range, Ranges, shipped_ranges
 
@@ -310,6 +311,17 @@ def test_ranges_are_widened_to_what_healthy_runs_reached_and_never_narrowed(monk
     }
     assert after.features["trace_z"] == before.features["trace_z"]
     assert ranges.widened(after) == after
+
+
+def test_a_count_made_with_other_ranges_is_forgotten_and_no_other(tmp_path):
+    shipped = json.loads((ROOT / "rules" / "precision.json").read_text("utf-8"))
+    (asks,) = [rule for rule in default_rules() if rule.id == "concave-region"]
+    path, count = tmp_path / "precision.json", {"n": 1, "faulty": 1, "causes": {}}
+    known = {**shipped["rules"], asks.id: {"digest": "of other ranges", **count}}
+    path.write_text(json.dumps({**shipped, "rules": known}))
+    assert ranges.forget_void_counts(path) == [asks.id]
+    assert json.loads(path.read_text()) == shipped
+    assert ranges.forget_void_counts(path) == []
 
 
 # -- the command -----------------------------------------------------------------------------------

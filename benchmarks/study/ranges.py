@@ -4,16 +4,22 @@ Its trainings are healthy, on models that the ranges were not learnt from. Where
 curvature of a projection goes further than the range of its kind, the range of
 ``rules/healthy-ranges.json`` is widened to it: the runs are too few to learn a quantile from, but
 enough to know that a healthy one gets there. Nothing is narrowed; twice is as good as once.
+What was counted of a rule with other ranges than these goes out of ``rules/precision.json``, until
+`benchmarks.teach` counts it again.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 from benchmarks.study.settings import DISTILBERT, VIDEO
 from benchmarks.study.statistics import rows
+from diagnoser.diagnosis import default_rules
+from diagnoser.rules import precision, precision_of, save_precision
 from diagnoser.rules.loading import shipped_rules_directory
 from diagnoser.rules.ranges import FILE, Bounds, Range, Ranges, save_ranges, shipped_ranges
 
@@ -69,11 +75,24 @@ def _around(value: float, lower: float, upper: float) -> Bounds:
     return value, min(lower, value), max(upper, value)
 
 
+def forget_void_counts(path: Path) -> list[str]:
+    """Takes out of a file of counts those that hold no longer; returns the ids of their rules."""
+    counted = json.loads(path.read_text(encoding="utf-8"))
+    rules = default_rules()
+    valid = precision_of(rules, path)
+    save_precision(path, rules, valid, counted["runs"])
+    return sorted(set(counted["rules"]) - set(valid))
+
+
 def main() -> None:
-    """Widens what ships, and says which ranges it widened."""
+    """Widens what ships, and says which ranges it widened and which counts are void by that."""
     before = shipped_ranges()
     after = widened(before)
-    save_ranges(shipped_rules_directory("diagnoser").parent / FILE, after)
+    directory = shipped_rules_directory("diagnoser").parent
+    save_ranges(directory / FILE, after)
+    shipped_ranges.cache_clear()
+    for rule in forget_void_counts(directory / precision.FILE):
+        print(f"{rule}: its count was made with other ranges, and is forgotten")
     for key, known in after.features[FEATURE].items():
         old = before.features[FEATURE][key]
         if known != old:
