@@ -140,7 +140,9 @@ def pyhessian_of(setting: Setting) -> str:
     found = rows("measured", setting.name)
     lines = []
     for name in (*setting.layers, *setting.matrices):
-        for at in setting.asked_of_pyhessian:
+        for at in range(len(CHECKPOINTS)):
+            if not found[0]["checkpoints"][at]["pyhessian"]:
+                continue  # it was not asked there
             ours = [block(row, at, "curvature", name) for row in found]
             theirs = [block(row, at, "pyhessian", name) for row in found]
             probes = sorted(entry["probes"] for entry in theirs)
