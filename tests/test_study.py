@@ -21,7 +21,7 @@ from benchmarks.study.claims import FRAGILE, LAST, Claim, claims
 from benchmarks.study.parts import ARMS, LOOP, PARTS
 from benchmarks.study.settings import DISTILBERT, HAN, VIDEO, Training, settings
 from benchmarks.study.statistics import block
-from benchmarks.study_document import couplings, pyhessian, traces
+from benchmarks.study_document import couplings, pyhessian, signs_after_noise, traces
 from diagnoser import cases
 from diagnoser.diagnosis import default_rules
 from diagnoser.errors import UsageError
@@ -219,6 +219,9 @@ def test_what_the_page_says_of_traces_is_what_was_found():
         re.search(r"(\d+) were .* (\d+) of .* (\d+) have", " ".join(pyhessian().split())).groups(),
     )
     assert few > below / 2 and wrong > 0
+    lines = [line.split("|") for line in signs_after_noise().splitlines()[2:]]
+    after = [int(n) for line in lines if float(line[3]) >= 0.3 for n in line[4].split("/")]
+    assert sum(after[::3]) < 0.1 * sum(after)  # clearly negative right after heavy noise
     rises = claim("The loss rises most").parts
     assert rises[:3] == [1, -1, -1]  # word attention; cross attention twice
     assert 1 not in rises[3:]
@@ -288,7 +291,7 @@ def test_a_mean_has_student_s_interval_and_no_mean_hides_what_is_not_finite():
     assert found.high - found.value == pytest.approx(3.182 * 1.29099 / 2, rel=1e-3)
     assert found.sign == 1 and statistics.mean([-1.0, 1.0]).sign == 0
     assert statistics.mean([-1.0, -1.1, -0.9]).sign == -1
-    for values in ([], [1.0, math.nan], [math.inf]):
+    for values in ([], [1.0, math.nan], [math.inf], [1.0, "nan"]):
         with pytest.raises(ValueError, match="no mean of"):
             statistics.mean(values)
 

@@ -40,11 +40,12 @@ class Mean:
 
 
 def mean(values: Sequence[float]) -> Mean:
-    """Returns the mean over seeds.
+    """Returns the mean over seeds; what was not finite stands in rows as text, such as "nan".
 
     Raises:
         ValueError: There is none, or one that is not finite: it would make all others vanish.
     """
+    values = [float(value) for value in values]
     if not values or not all(map(math.isfinite, values)):
         raise ValueError(f"no mean of {list(values)}")
     middle, n = statistics.fmean(values), len(values)
