@@ -102,5 +102,7 @@ def undamaged(path: Path, is_whole: Callable[[dict[str, Any]], bool]) -> list[di
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes a file with one JSON object a line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """Writes a file with one JSON object a line, all of it or nothing."""
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    part.replace(path)

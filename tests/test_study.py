@@ -327,6 +327,21 @@ def test_a_count_made_with_other_ranges_is_forgotten_and_no_other(tmp_path):
     assert ranges.forget_void_counts(path) == []
 
 
+def test_no_table_is_made_of_damaged_rows(tmp_path, monkeypatch):
+    row = {"part": "measured", "model": "han", "seed": 0}
+    path = tmp_path / "study.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps({**row, "seed": 1})[:20] + "\n")
+    monkeypatch.setattr(statistics, "RESULTS", path)
+    statistics.rows.cache_clear()
+    try:
+        with pytest.raises(
+            ValueError, match=r"damaged lines: 1; `python -m benchmarks.paper_study"
+        ):
+            statistics.rows("measured", "han")
+    finally:
+        statistics.rows.cache_clear()
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 

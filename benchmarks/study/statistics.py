@@ -68,8 +68,16 @@ def rows(part: str, model: str) -> tuple[Row, ...]:
 
     Raises:
         FileNotFoundError: There are none.
+        ValueError: A line is damaged: tables would be made of fewer seeds, and not say so.
     """
-    found = [r for r in rows_of(RESULTS) if (r["part"], r["model"]) == (part, model)]
+    kept = rows_of(RESULTS)
+    damaged = len(RESULTS.read_text("utf-8").splitlines()) - len(kept) if kept else 0
+    if damaged:
+        raise ValueError(
+            f"{RESULTS}: damaged lines: {damaged}; `python -m benchmarks.paper_study` makes them "
+            "anew"
+        )
+    found = [r for r in kept if (r["part"], r["model"]) == (part, model)]
     if not found:
         raise FileNotFoundError(
             f"{RESULTS}: no rows of {part} for {model}; "
